@@ -1,0 +1,1 @@
+"""From log-densities to decisions: p-values, flags and attributions. NumPy only."""
