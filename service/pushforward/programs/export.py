@@ -72,7 +72,9 @@ def export_programs(
         program name → file name.
     """
     flow = copy.deepcopy(flow).cpu().eval().requires_grad_(False)
-    rows, dim, interval = 5, flow.dim, abs(flow.t_data - flow.t_base)
+    dim, interval = flow.dim, abs(flow.t_data - flow.t_base)
+    # an example batch with more rows than any matrix has columns: tracing takes equal sizes for the same size
+    rows = 2 * dim + flow.context_dim + len(Clock) + 1
     context = [torch.zeros(rows, flow.context_dim, dtype=torch.float64)] if flow.context_dim else []
     context_name = ["context"] if context else []
     t, z = torch.zeros(rows, 1, dtype=torch.float64), torch.full((rows, dim), 0.5, dtype=torch.float64)

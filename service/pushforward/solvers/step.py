@@ -138,29 +138,23 @@ class Step(nn.Module):
         else:
             ell_next, error_next, divergence_next = ell, error, divergence
 
-        ratio = torch.where(ratio < HUGE, ratio, HUGE)
+        finite = ratio < HUGE
+        ratio = torch.where(finite, ratio, HUGE)
         accept = ratio < 1.0
         if self.tableau.adaptive:
             factor = torch.minimum((SAFETY / _power(ratio, self.tableau.exponent)).clamp(min=SHRINK), cap)
         else:
             factor = torch.where(accept, 1.0, SHRINK)
-        dt_next = h * factor
-        one = torch.ones_like(t)
-        attempts = attempts + one
-        stop = torch.where(
-            accept,
-            torch.where(final, 1.0 * Stop.FINISHED, 0.0),
-            torch.where(
-                dt_next.abs() < self.floor,
-                torch.where(ratio < HUGE, 1.0 * Stop.STEP_UNDERFLOW, 1.0 * Stop.NONFINITE),
-                0.0,
-            ),
-        )
-        stop = torch.where((stop == 0) & (attempts >= max_steps), 1.0 * Stop.MAX_STEPS, stop)
+        dt_next, attempts = h * factor, attempts + 1.0
+        spent = torch.where(attempts >= max_steps, 1.0 * Stop.MAX_STEPS, 1.0 * Stop.RUNNING)
+        stuck = torch.where(finite, 1.0 * Stop.STEP_UNDERFLOW, 1.0 * Stop.NONFINITE)
+        stop = torch.where(dt_next.abs() < self.floor, stuck, spent)
+        stop = torch.where(accept & final, 1.0 * Stop.FINISHED, stop)
 
-        moved = torch.cat([t_next, ell_next, error_next, divergence_next, accepted + one, GROW * one], 1)
-        stayed = torch.cat([t, ell, error, divergence, accepted, one], 1)
-        clock_next = torch.cat([torch.where(accept, moved, stayed), dt_next, attempts, stop], 1)
+        moved = torch.cat([t_next, ell_next, error_next, divergence_next, accepted + 1.0], 1)
+        stayed = torch.cat([t, ell, error, divergence, accepted], 1)
+        cap_next = torch.where(accept, GROW, 1.0)
+        clock_next = torch.cat([torch.where(accept, moved, stayed), cap_next, dt_next, attempts, stop], 1)
         return clock_next, torch.where(accept, torch.cat([z_next, k], 1), state)
 
 
