@@ -1,0 +1,1 @@
+"""Getting chunks to workers and answers back: the contract, and worker processes of this machine."""

@@ -1,0 +1,108 @@
+"""``pushforward models``: look at the models of a store, check them, move their labels."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from pushforward.cli.common import Store, Version, plain, show
+from pushforward.errors import InvalidModel, UsageError
+from pushforward.settings import load_settings
+
+__all__ = ["app"]
+
+app = typer.Typer(help="Look at the models of a store, check them, move their labels.")
+
+
+@app.callback(invoke_without_command=True)
+def models(context: typer.Context, store: Store = None) -> None:
+    """Look at the models of a store, check them, move their labels. Without a command: list them."""
+    if context.invoked_subcommand is None:
+        list_models(store)
+
+
+@app.command("list")
+def list_models(store: Store = None) -> None:
+    """List the models, with their versions and labels."""
+    from rich.table import Table
+
+    from pushforward.store.catalog import Catalog
+
+    catalog = Catalog(load_settings(store=store).store)
+    table = Table("model", "versions", "labels", "features", "context", "description", box=None)
+    for name in catalog.models():
+        versions = ", ".join(map(str, catalog.versions(name)))
+        try:
+            labels = ", ".join(f"{label} = {version}" for label, version in catalog.labels(name).items())
+            manifest = catalog.resolve(name).manifest
+        except InvalidModel as error:
+            table.add_row(name, versions, "", "", "", plain(error.message))
+        else:
+            table.add_row(
+                name,
+                versions,
+                labels,
+                str(manifest.dim),
+                ", ".join(manifest.context_features),
+                plain(manifest.description),
+            )
+    show(table)
+
+
+@app.command("show")
+def show_version(
+    model: Annotated[str, typer.Argument(help="Name of the model.")],
+    version: Version = None,
+    store: Store = None,
+) -> None:
+    """Print the manifest of a version, as JSON."""
+    from pushforward.store.catalog import Catalog
+
+    found = Catalog(load_settings(store=store).store).resolve(model, version)
+    sys.stdout.write(found.manifest.to_bytes().decode())
+
+
+@app.command()
+def verify(
+    model: Annotated[str | None, typer.Argument(help="Name of the model.", show_default="all models")] = None,
+    store: Store = None,
+) -> None:
+    """Check every version: hashes of all files, and the reference answers on this machine."""
+    from pushforward.loading import load_model
+    from pushforward.store.catalog import Catalog
+
+    catalog = Catalog(load_settings(store=store).store)
+    faults = 0
+    for name in [model] if model is not None else catalog.models():
+        for version in catalog.versions(name):
+            try:
+                load_model(catalog.root / name / str(version))
+            except InvalidModel as error:
+                faults += 1
+                show(f"{name} {version}: [bold red]{plain(error.message)}[/]")
+            else:
+                show(f"{name} {version}: [green]sound[/]")
+    if faults:
+        raise typer.Exit(1)
+
+
+@app.command()
+def label(
+    model: Annotated[str, typer.Argument(help="Name of the model.")],
+    label: Annotated[str, typer.Argument(help='The label, such as "stable".')],
+    version: Annotated[int | None, typer.Argument(help="The version it is to point at.", min=1)] = None,
+    remove: Annotated[bool, typer.Option("--remove", help="Remove the label instead.")] = False,
+    store: Store = None,
+) -> None:
+    """Point a label at a version, or remove it."""
+    from pushforward.store.catalog import Catalog
+
+    catalog = Catalog(load_settings(store=store).store)
+    if remove == (version is not None):
+        raise UsageError("Give the version that the label is to point at, or --remove.")
+    if version is None:
+        catalog.remove_label(model, label)
+    else:
+        catalog.set_label(model, label, version)

@@ -1,0 +1,98 @@
+"""Settings: one typed place, filled from flags, then ``PUSHFORWARD_…`` variables, then defaults."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from pushforward.errors import UsageError
+
+__all__ = ["PREFIX", "Settings", "load_settings"]
+
+PREFIX = "PUSHFORWARD_"
+
+
+class Settings(BaseSettings):
+    """Everything that can be set, for the server and for the commands that work without one."""
+
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, extra="forbid", frozen=True, use_attribute_docstrings=True
+    )
+
+    store: Path = Path("model_store")
+    """Folder of the model store."""
+
+    host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
+    """Address to listen on; 0.0.0.0 for every interface."""
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """Port to listen on; 0 takes a free one and the log says which."""
+
+    load: Literal["start", "first-use"] = "start"
+    """When models are loaded: the default version of each before the server is ready, or when first asked."""
+    slots: Annotated[int, Field(ge=1, le=65536)] = 256
+    """Rows that a worker integrates at once."""
+    chunk_rows: Annotated[int, Field(ge=1, le=65536)] = 256
+    """Rows of a request that travel together to a worker."""
+
+    max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = 16 << 20
+    """Largest request body, in bytes; other requests wait while one is read, some 5 ms per megabyte."""
+    max_rows: Annotated[int, Field(ge=1)] = 100_000
+    """Most rows that one request may make the engine integrate (rows, or rows × times of a path)."""
+    max_samples: Annotated[int, Field(ge=1)] = 100_000
+    """Most samples that one request may ask for."""
+    timeout_ms: Annotated[int, Field(ge=1)] = 30_000
+    """Deadline of a request that does not set its own, in milliseconds."""
+    max_timeout_ms: Annotated[int, Field(ge=1)] = 600_000
+    """Longest deadline that a request may set, in milliseconds."""
+    drain_s: Annotated[float, Field(ge=0, le=3600)] = 30.0
+    """How long a server told to stop waits for the requests it has taken, in seconds."""
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    """Least severe level that is logged; "info" has a line for every request."""
+    log_format: Literal["text", "json"] = "text"
+    """Log lines as key=value text or as JSON."""
+
+
+def load_settings(**flags: Any) -> Settings:
+    """Read the settings; a flag that is None was not given.
+
+    Raises:
+        UsageError: naming the flag or variable, its value and what is allowed.
+    """
+    given = {name: value for name, value in flags.items() if value is not None}
+    _refuse_unknown_variables()
+    try:
+        settings = Settings(**given)
+    except ValidationError as error:
+        raise UsageError("\n".join(_explained(problem, given) for problem in error.errors())) from None
+    if settings.timeout_ms > settings.max_timeout_ms:
+        raise UsageError(
+            f"The default deadline {_source('timeout_ms', given)} = {settings.timeout_ms} is above the "
+            f"longest allowed one, {_source('max_timeout_ms', given)} = {settings.max_timeout_ms}."
+        )
+    return settings
+
+
+def _refuse_unknown_variables() -> None:
+    """A misspelt variable must not be silently without effect."""
+    known = [PREFIX + name.upper() for name in Settings.model_fields]
+    for name in sorted(os.environ):
+        if name.upper().startswith(PREFIX) and name.upper() not in known:
+            close = difflib.get_close_matches(name.upper(), known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"the settings are {', '.join(known)}."
+            raise UsageError(f"The environment variable {name} is not a setting: {hint}")
+
+
+def _source(name: str, flags: dict[str, Any]) -> str:
+    return "--" + name.replace("_", "-") if name in flags else PREFIX + name.upper()
+
+
+def _explained(problem: Any, flags: dict[str, Any]) -> str:
+    name = str(problem["loc"][0])
+    value = flags.get(name, os.environ.get(PREFIX + name.upper(), problem["input"]))
+    return f"{_source(name, flags)}: the value {value!r} is not allowed. {problem['msg']}."

@@ -1,0 +1,175 @@
+"""A server from its start to its end, workers included."""
+
+import contextlib
+import os
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+
+from pushforward.store.catalog import Catalog
+
+SLOW = {"n": 3000, "seed": 1, "rtol": 1e-11, "atol": 1e-11, "precision": "float64"}
+
+
+def in_background(
+    server: Any, path: str, body: dict[str, Any]
+) -> tuple[threading.Thread, list[httpx.Response]]:
+    """Sends a request and comes back when the worker is busy with it."""
+    answers: list[httpx.Response] = []
+
+    def ask() -> None:
+        # A server that is killed answers nothing; the test that kills it knows.
+        with server.client() as client, contextlib.suppress(httpx.TransportError):
+            answers.append(client.post(f"/v1/models/{path}", json=body))
+
+    before = cpu_ticks(server.worker())
+    thread = threading.Thread(target=ask)
+    thread.start()
+    while cpu_ticks(server.worker()) < before + 3:
+        time.sleep(0.005)
+    return thread, answers
+
+
+def cpu_ticks(pid: int) -> int:
+    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+    return int(user) + int(system)
+
+
+def test_readiness_waits_for_the_models_and_liveness_does_not(start: Any) -> None:
+    server = start(ready=False)
+    with server.client() as client:
+        assert client.get("/health/live").json() == {"status": "live"}
+        early = client.get("/health/ready")
+        if early.status_code == 503:
+            assert early.headers["retry-after"] == "1"
+            assert early.json()["detail"] == "The worker is starting."
+        ready = server.wait_for("worker ready")
+        assert (ready["models"], ready["failed"]) == (4, 0)  # the newest of each, and the labelled
+        assert client.get("/health/ready").json() == {"status": "ready"}
+    assert server.stop() == 0
+
+
+def test_models_may_be_loaded_when_first_asked_for(start: Any) -> None:
+    server = start("--load", "first-use", ready=False)
+    assert server.wait_for("worker ready")["models"] == 0
+    with server.client() as client:
+        assert client.post("/v1/models/pair/log_density", json={"x": [[0, 0]]}).status_code == 200
+    assert server.wait_for("model loaded")["model"] == "pair"
+    server.stop()
+
+
+def test_a_request_taken_before_the_signal_is_answered_and_the_exit_is_clean(
+    start: Any, gone: Callable[[int], bool]
+) -> None:
+    server = start()
+    worker = server.worker()
+    thread, answers = in_background(server, "pair/sample", SLOW)
+    assert server.stop(signal.SIGTERM) == 0
+    thread.join()
+    assert answers[0].status_code == 200
+    assert len(answers[0].json()["x"]) == SLOW["n"]
+    assert gone(worker)
+
+
+def test_interrupting_the_whole_process_group_is_as_clean(start: Any, gone: Callable[[int], bool]) -> None:
+    server = start()
+    worker = server.worker()
+    thread, answers = in_background(server, "pair/sample", SLOW)
+    os.kill(worker, signal.SIGINT)  # as Ctrl-C on a terminal sends it to both
+    os.kill(worker, signal.SIGTERM)
+    assert server.stop(signal.SIGINT) == 0
+    thread.join()
+    assert answers[0].status_code == 200
+    assert gone(worker)
+
+
+def test_a_worker_that_is_killed_is_replaced_and_costs_only_time(start: Any, server: Any) -> None:
+    broken = start()
+    with server.client() as client:
+        expected = client.post("/v1/models/pair/sample", json=SLOW).content
+    thread, answers = in_background(broken, "pair/sample", SLOW)
+    old = broken.worker()
+    os.kill(old, signal.SIGKILL)
+    thread.join()
+    assert answers[0].status_code == 200
+    assert answers[0].content == expected
+    assert broken.worker() != old
+    died = broken.wait_for("worker died")
+    assert (died["exit"], died["worker"]) == (-9, old)
+    broken.stop()
+
+
+def test_a_request_that_takes_two_workers_down_is_given_up_and_the_server_goes_on(start: Any) -> None:
+    server = start()
+    thread, answers = in_background(server, "pair/sample", SLOW)
+    for _ in range(2):
+        os.kill(server.worker(), signal.SIGKILL)
+        server.wait_for("worker ready")
+    thread.join()
+    told = answers[0].json()
+    assert (answers[0].status_code, told["code"]) == (500, "internal-error")
+    assert "died 2 times" in told["detail"]
+    with server.client() as client:
+        answer = client.post("/v1/models/pair/log_density", json={"x": [[0, 0]]})
+        assert np.isfinite(answer.json()["log_density"]).all()
+    server.stop()
+
+
+def test_a_worker_does_not_outlive_a_server_that_is_killed(start: Any, gone: Callable[[int], bool]) -> None:
+    server = start()
+    worker = server.worker()
+    thread, answers = in_background(server, "pair/sample", SLOW)
+    server.stop(signal.SIGKILL)
+    assert gone(worker)
+    thread.join()
+    assert not answers
+
+
+def test_a_request_leaves_one_line_in_the_log(start: Any) -> None:
+    server = start()
+    with server.client() as client:
+        headers = {"x-request-id": "mine"}
+        client.post("/v1/models/pair/versions/old/log_density", json={"x": [[0, 0]] * 3}, headers=headers)
+        line = server.wait_for("request")
+        client.post("/v1/models/pair/log_density", json={"x": [[0]]})
+        refused = server.wait_for("request")
+    assert {name: line[name] for name in ("request", "method", "status", "model", "version", "rows")} == {
+        "request": "mine",
+        "method": "POST",
+        "status": 200,
+        "model": "pair",
+        "version": 1,
+        "rows": 3,
+    }
+    assert line["steps"] > 0
+    assert line["nfe"] > line["steps"]
+    assert line["wall_ms"] > 0
+    assert refused["status"] == 422
+    assert "a row must have 2" in refused["error"]
+    server.stop()
+
+
+def test_a_new_version_and_a_moved_label_are_seen_at_once(start: Any, store: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "store"
+    shutil.copytree(store / "pair" / "1", copy / "pair" / "1")
+    server = start(at=copy)
+    with server.client() as client:
+
+        def version() -> int:
+            return int(client.post("/v1/models/pair/log_density", json={"x": [[0, 0]]}).json()["version"])
+
+        assert version() == 1
+        shutil.copytree(store / "pair" / "2", copy / "pair" / ".2")
+        (copy / "pair" / ".2").rename(copy / "pair" / "2")
+        assert version() == 2
+        for number in (1, 2, 1, 2, 1):
+            Catalog(copy).set_label("pair", "stable", number)
+            assert version() == number
+    server.stop()

@@ -1,0 +1,67 @@
+"""Three small models, trained and published: what tests of serving serve."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from pushforward.flows.fields import MLP
+from pushforward.flows.transforms import Log, Transform
+from pushforward.publish import publish
+
+ROWS, STEPS, BATCH = 1200, 300, 256
+
+
+def publish_models(store: Path) -> None:
+    """Two blobs in ``pair`` (versions 1 and 2, alike; the label "old" at 1), their exponentials in ``positive``, which has
+    density only where both features are positive, and a Gaussian about its context in ``given``.
+    """
+    draw = np.random.default_rng(0)
+    side, noise = 2.0 * draw.integers(0, 2, (ROWS, 1)) - 1, draw.normal(size=(ROWS, 2))
+    blobs = side * (np.array([1.2, 0.0]) + noise * [0.5, 0.0]) + noise @ np.array([[0.1, 0.8], [0.0, 0.4]])
+    shift = draw.normal(size=(ROWS, 1))
+    _publish(store, "pair", blobs, features=["age", "dose"], description="Two blobs.")
+    _publish(store, "positive", np.exp(blobs), transform=Log(2, [0, 1]), method="bosh3")
+    _publish(store, "given", shift + 0.5 * noise, shift, context_features=["shift"], method="bosh3")
+    shutil.copytree(store / "pair" / "1", store / "pair" / "2")
+    manifest = store / "pair" / "2" / "manifest.json"  # which no hash covers
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": 2}))
+    (store / "pair" / "labels.json").write_text('{"old": 1}')
+
+
+def _publish(
+    store: Path,
+    name: str,
+    x: NDArray[np.float64],
+    context: NDArray[np.float64] | None = None,
+    *,
+    transform: Transform | None = None,
+    **facts: object,
+) -> None:
+    """Fit by flow matching on two thirds of the rows; publish, calibrated on the others."""
+    torch.manual_seed(0)
+    field = MLP(2, (32, 32), context_dim=0 if context is None else 1)
+    optimiser = torch.optim.Adam(field.parameters(), 3e-3)
+    z = torch.from_numpy(x) if transform is None else transform.encode(torch.from_numpy(x))[0]
+    z, c = z.float(), None if context is None else torch.from_numpy(context).float()
+    fitted = 2 * len(x) // 3
+    for _ in range(STEPS):
+        rows = torch.randint(fitted, (BATCH,))
+        start, t = torch.randn(BATCH, 2), torch.rand(BATCH, 1)
+        velocity = field((t), (1 - t) * start + t * z[rows], None if c is None else c[rows])
+        optimiser.zero_grad()
+        (velocity - (z[rows] - start)).square().mean().backward()
+        optimiser.step()
+    publish(
+        field,
+        store=store,
+        name=name,
+        calibration=x[fitted:],
+        calibration_context=None if context is None else context[fitted:],
+        transform=transform,
+        tolerance=1e-5,
+        **facts,  # type: ignore[arg-type]
+    )

@@ -1,0 +1,153 @@
+"""The data plane over a real worker, apart from HTTP."""
+
+import asyncio
+import shutil
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pushforward.bootstrap import offline
+from pushforward.dataplane import Dataplane, Options
+from pushforward.engine.request import Kind, Status
+from pushforward.errors import DeadlineExceeded, InvalidInput, LimitExceeded, NotFound
+from pushforward.messages import Result
+from pushforward.settings import Settings
+from pushforward.store.catalog import Catalog
+
+DEFAULT = Options()
+
+
+def with_plane(
+    store: Path, test: Callable[[Dataplane], Awaitable[Any]], model: str = "pair", **settings: Any
+) -> Any:
+    async def run() -> Any:
+        async with offline(Settings(store=store, **settings), Catalog(store), (model, 1)) as plane:
+            return await asyncio.wait_for(test(plane), 120)
+
+    return asyncio.run(run())
+
+
+def same(one: Result, other: Result) -> bool:
+    names = ("value", "log_density", "error_estimate", "steps", "accepted", "nfe", "status", "t")
+    return all(getattr(one, name).tobytes() == getattr(other, name).tobytes() for name in names)
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 7, 100])
+def test_answers_do_not_depend_on_how_requests_are_cut(store: Path, chunk_rows: int) -> None:
+    x = np.random.default_rng(0).normal(size=(50, 2))
+
+    async def test(plane: Dataplane) -> list[Result]:
+        model = plane.model("pair")
+        return [
+            await plane.density(model, x, None, DEFAULT),
+            await plane.sample(model, 50, 3, None, DEFAULT, density=True),
+            *await plane.path(model, Kind.ENCODE, x, [0.0, 0.5], None, DEFAULT),
+        ]
+
+    whole = with_plane(store, test, chunk_rows=50)
+    cut = with_plane(store, test, chunk_rows=chunk_rows)
+    assert all(map(same, whole, cut))
+
+
+def test_contexts_are_cut_with_their_rows(store: Path) -> None:
+    draw = np.random.default_rng(0)
+    x, c = draw.normal(size=(20, 2)), draw.normal(size=(20, 1))
+
+    async def test(plane: Dataplane) -> list[Result]:
+        model = plane.model("given")
+        together = await plane.density(model, x, c, DEFAULT)
+        alone = [await plane.density(model, x[[i]], c[[i]], DEFAULT) for i in range(20)]
+        assert together.log_density.tolist() == [result.log_density[0] for result in alone]
+        return [together, await plane.density(model, x, c[:1], DEFAULT)]
+
+    own, shared = with_plane(store, test, "given", chunk_rows=3)
+    assert own.log_density[0] == shared.log_density[0]
+    assert own.log_density[1] != shared.log_density[1]
+
+
+def test_samples_may_be_asked_for_from_any_number_on(store: Path) -> None:
+    async def test(plane: Dataplane) -> None:
+        model = plane.model("pair")
+        whole = await plane.sample(model, 30, 5, None, DEFAULT)
+        part = await plane.sample(model, 10, 5, None, DEFAULT, first=20)
+        assert part.value.tobytes() == whole.value[20:].tobytes()
+
+    with_plane(store, test)
+
+
+def test_a_version_is_found_again_without_reading_it_and_seen_when_it_changes(
+    store: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(store / "pair" / "1", tmp_path / "pair" / "1")
+
+    async def test(plane: Dataplane) -> None:
+        first = plane.model("pair")
+        await asyncio.sleep(0.15)
+        assert plane.model("pair") is first
+        (tmp_path / "pair" / "1" / "manifest.json").rename(tmp_path / "kept")
+        assert plane.model("pair") is first
+        (tmp_path / "kept").rename(tmp_path / "pair" / "1" / "manifest.json")
+        shutil.copytree(store / "pair" / "2", tmp_path / "pair" / "2")
+        assert plane.model("pair").manifest.version == 2
+        plane.catalog.set_label("pair", "stable", 1)
+        assert plane.model("pair") is first
+        plane.catalog.remove_label("pair", "stable")
+        assert plane.model("pair").manifest.version == 2
+        for name in ("../pair", "pair/1", "", "\0", "a" * 5000):
+            with pytest.raises(NotFound):
+                plane.model(name)
+
+    with_plane(tmp_path, test)
+
+
+def test_a_deadline_ends_a_request_and_its_rows_leave(store: Path) -> None:
+    x = np.random.default_rng(0).normal(size=(20_000, 2))
+    slow = Options(rtol=1e-12, atol=1e-12, logp_atol=1e-12, precision="float64", timeout_ms=200)
+
+    async def test(plane: Dataplane) -> None:
+        model = plane.model("pair")
+        with pytest.raises(DeadlineExceeded) as caught:
+            await plane.density(model, x, None, slow)
+        assert caught.value.detail["rows"] == 20_000
+        assert 0 <= caught.value.detail["solved"] < 20_000
+        result = await plane.density(model, x[:3], None, DEFAULT)
+        assert result.status.tolist() == [Status.OK] * 3
+
+    with_plane(store, test)
+
+
+def test_limits_and_arguments_are_checked_before_any_work(store: Path) -> None:
+    x = np.zeros((2, 2))
+
+    async def test(plane: Dataplane) -> None:
+        model = plane.model("pair")
+        for call, error, says in (
+            (plane.density(model, x[:0], None, DEFAULT), InvalidInput, "no rows"),
+            (plane.density(model, x, x[:, :1], DEFAULT), InvalidInput, "takes no context"),
+            (plane.sample(model, 0, 1, None, DEFAULT), InvalidInput, "n is 0"),
+            (plane.sample(model, 1, -1, None, DEFAULT), InvalidInput, "seed"),
+            (plane.path(model, Kind.DECODE, x, [2.0], None, DEFAULT), InvalidInput, r"times\[0\] is 2.0"),
+            (plane.score(model, x, None, DEFAULT, alpha=2.0), InvalidInput, "alpha must be between 0 and 1"),
+            (plane.density(model, x, None, Options(timeout_ms=2**62 + 1)), LimitExceeded, "timeout_ms"),
+        ):
+            with pytest.raises(error, match=says):
+                await call
+
+    with_plane(store, test)
+
+
+def test_a_failing_row_has_no_p_value_and_no_flag(store: Path) -> None:
+    async def test(plane: Dataplane) -> None:
+        model = plane.model("pair")
+        x = np.array([[0.0, 0.0], [1e300, 0.0], [50.0, 0.0]])
+        for options in ({"alpha": 0.01}, {"fdr": 0.1}):
+            scores = await plane.score(model, x, None, DEFAULT, explain=True, **options)
+            assert np.isnan(scores.p_value).tolist() == [False, True, False]
+            assert scores.is_anomaly.tolist() == [False, False, True]
+            assert scores.attributions is not None
+            assert np.isnan(scores.attributions[1]).all()
+
+    with_plane(store, test)

@@ -1,0 +1,180 @@
+"""The worker process, spoken to as its parent speaks to it: frames over a socket."""
+
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+
+from pushforward.engine.request import Status
+from pushforward.messages import (
+    Cancel,
+    Failed,
+    FrameReader,
+    FromWorker,
+    Ready,
+    Result,
+    Setup,
+    Work,
+    decode_from_worker,
+    frame,
+)
+
+PATIENCE_S = 60
+
+
+class Parent:
+    """The other end of a worker."""
+
+    def __init__(self, store: Path, models: list[tuple[str, int]]) -> None:
+        self.socket, theirs = socket.socketpair()
+        self.socket.settimeout(PATIENCE_S)
+        setup = Setup(str(store), models, slots=16, log_level="info", log_format="json")
+        with theirs:
+            self.process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "pushforward.worker",
+                    str(theirs.fileno()),
+                    msgspec.json.encode(setup).decode(),
+                ],
+                pass_fds=[theirs.fileno()],
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+        self.frames = FrameReader()
+        self.unread: list[FromWorker] = []
+
+    def next(self) -> FromWorker:
+        while not self.unread:
+            data = self.socket.recv(1 << 16)
+            assert data, "the worker closed the socket"
+            self.unread += map(decode_from_worker, self.frames.feed(data))
+        return self.unread.pop(0)
+
+    def leave(self) -> tuple[int, str]:
+        """Closes the socket; the worker's exit status and log."""
+        self.socket.close()
+        _, log = self.process.communicate(timeout=PATIENCE_S)
+        return self.process.returncode, log
+
+
+def work(
+    id: str, rows: int = 2, *, model: str = "pair", version: int = 1, deadline: float | None = None
+) -> Work:
+    x = np.random.default_rng(1).normal(size=(rows, 2))
+    return Work(
+        id, model, version, "encode", True, "float32", x, None, 1e-5, 1e-5, 1e-5, 1000, deadline=deadline
+    )
+
+
+@pytest.fixture
+def hire(store: Path) -> Iterator[Callable[..., Parent]]:
+    parents = []
+
+    def hire(*models: tuple[str, int], at: Path = store) -> Parent:
+        parents.append(Parent(at, list(models)))
+        return parents[-1]
+
+    yield hire
+    for parent in parents:
+        parent.socket.close()
+        if parent.process.poll() is None:
+            parent.process.communicate(timeout=PATIENCE_S)
+
+
+def test_it_loads_what_it_is_told_and_says_what_failed(hire: Callable[..., Parent]) -> None:
+    parent = hire(("pair", 1), ("pear", 1))
+    ready = parent.next()
+    assert isinstance(ready, Ready)
+    assert ready.loaded == [("pair", 1)]
+    ((name, version, reason),) = ready.failed
+    assert (name, version) == ("pear", 1)
+    assert "no model 'pear'" in reason
+    assert ready.seconds > 0
+    status, log = parent.leave()
+    assert status == 0
+    assert '"event":"model loaded","model":"pair","version":1' in log
+
+
+def test_chunks_are_answered_as_they_finish_and_errors_in_between(hire: Callable[..., Parent]) -> None:
+    parent = hire()
+    parent.socket.sendall(
+        frame(work("many", 200)) + frame(work("none", model="pear")) + frame(work("few", 1))
+    )
+    answers = {}
+    assert isinstance(parent.next(), Ready)
+    while len(answers) < 3:
+        message = parent.next()
+        assert isinstance(message, Result | Failed)
+        answers[message.id] = message
+    assert list(answers) == ["none", "few", "many"]
+    failed = answers["none"]
+    assert isinstance(failed, Failed)
+    assert (failed.code, failed.detail) == ("not-found", {"known": ["pair"]})
+    assert [len(answers[id].status) for id in ("few", "many")] == [1, 200]
+
+
+def test_messages_may_arrive_in_pieces(hire: Callable[..., Parent]) -> None:
+    parent = hire()
+    data = frame(work("a", 20))
+    assert isinstance(parent.next(), Ready)
+    for first in range(0, len(data), 50):
+        parent.socket.sendall(data[first : first + 50])
+    result = parent.next()
+    assert isinstance(result, Result)
+    assert result.status.tolist() == [Status.OK] * 20
+
+
+def test_a_reader_that_is_slow_does_not_lose_anything(hire: Callable[..., Parent]) -> None:
+    parent = hire()
+    parent.socket.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    for number in range(40):
+        parent.socket.sendall(frame(work(str(number), 100)))
+    assert isinstance(parent.next(), Ready)
+    assert {parent.next().id for _ in range(40)} == {str(number) for number in range(40)}  # type: ignore[union-attr]
+
+
+def test_cancelled_rows_are_not_answered(hire: Callable[..., Parent]) -> None:
+    parent = hire(("pair", 1))
+    assert isinstance(parent.next(), Ready)
+    parent.socket.sendall(frame(work("gone", 5000)) + frame(Cancel("gone")) + frame(Cancel("never was")))
+    parent.socket.sendall(frame(work("next")))
+    result = parent.next()
+    assert isinstance(result, Result)
+    assert result.id == "next"
+
+
+def test_a_deadline_is_wall_clock_time(hire: Callable[..., Parent]) -> None:
+    parent = hire(("pair", 1))
+    assert isinstance(parent.next(), Ready)
+    parent.socket.sendall(frame(work("late", deadline=1.0)))
+    result = parent.next()
+    assert isinstance(result, Result)
+    assert result.status.tolist() == [Status.DEADLINE] * 2
+
+
+def test_signals_do_not_end_it_and_the_end_of_its_socket_does(hire: Callable[..., Parent]) -> None:
+    parent = hire(("pair", 1))
+    assert isinstance(parent.next(), Ready)
+    parent.process.send_signal(signal.SIGTERM)
+    parent.process.send_signal(signal.SIGINT)
+    parent.socket.sendall(frame(work("a")))
+    assert isinstance(parent.next(), Result)
+    parent.socket.sendall(frame(work("unfinished", 5000)))
+    assert parent.leave()[0] == 0
+
+
+def test_nonsense_ends_it_with_a_word_in_the_log(hire: Callable[..., Parent]) -> None:
+    parent = hire()
+    assert isinstance(parent.next(), Ready)
+    parent.socket.sendall(b"\x03\x00\x00\x00abc")
+    _, log = parent.process.communicate(timeout=PATIENCE_S)
+    assert parent.process.returncode == 1
+    assert '"event":"worker failed"' in log
