@@ -30,3 +30,13 @@ def checkout() -> Path:
 def rng() -> np.random.Generator:
     """A generator that starts every test from the same seed."""
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="session")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A store with the models of ``tests.published``; tests that change it work on a copy."""
+    from tests.published import publish_models
+
+    root = tmp_path_factory.mktemp("store") / "models"
+    publish_models(root)
+    return root

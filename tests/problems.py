@@ -38,8 +38,11 @@ def shaken(field: Any, seed: int = 0, gain: float = 1.2) -> Any:
     """The field with random weights everywhere: an untrained one is zero."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in field.named_parameters():
-        fan_in = parameter.shape[-1]
-        scale = gain / fan_in**0.5 if "weights" in name or "weight" in name else 0.3
+        scale = (
+            gain / parameter.shape[-1] ** 0.5
+            if (parameter.ndim == 2 and "weights" in name) or "weight" in name
+            else 0.3
+        )
         with torch.no_grad():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
     return field

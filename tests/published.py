@@ -16,8 +16,10 @@ ROWS, STEPS, BATCH = 1200, 300, 256
 
 
 def publish_models(store: Path) -> None:
-    """Two blobs in ``pair`` (versions 1 and 2, alike; the label "old" at 1), their exponentials in ``positive``, which has
-    density only where both features are positive, and a Gaussian about its context in ``given``.
+    """Publish three models of two features.
+
+    ``pair`` is two blobs, in versions 1 (labelled "old") and 2, which are alike; ``positive`` is their
+    exponentials, whose density is 0 where a feature is negative; ``given`` is a Gaussian about its context.
     """
     draw = np.random.default_rng(0)
     side, noise = 2.0 * draw.integers(0, 2, (ROWS, 1)) - 1, draw.normal(size=(ROWS, 2))

@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import pushforward
 from pushforward.loading import default_chunk, load_model, run_chunk
 from pushforward.scoring.calibration import Calibration
 from pushforward.tables import read_table, writing
@@ -177,6 +178,7 @@ def test_models_are_listed_shown_verified_and_labelled(store: Path, tmp_path: Pa
     shutil.copytree(store, copy)
     listed = run("models", "--store", copy).stdout
     assert run("models", "list", "--store", copy).stdout == listed
+    assert run("models", "--store", copy, "list").stdout == listed
     for text in ("pair", "1, 2", "old = 1", "shift"):
         assert text in listed
     shown = json.loads(run("models", "show", "pair", "--version", "old", "--store", copy).stdout)
@@ -197,6 +199,7 @@ def test_help_names_every_command_and_every_setting() -> None:
     commands = run("--help").stdout
     for command in ("serve", "train", "models", "score", "sample"):
         assert command in commands
+    assert run("--version").stdout.strip() == pushforward.__version__
     settings = run("serve", "--help").stdout
     for option in ("--store", "--port", "--max-rows", "--drain-s", "--log-format", "--load"):
         assert option in settings

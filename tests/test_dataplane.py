@@ -12,8 +12,9 @@ import pytest
 from pushforward.bootstrap import offline
 from pushforward.dataplane import Dataplane, Options
 from pushforward.engine.request import Kind, Status
-from pushforward.errors import DeadlineExceeded, InvalidInput, LimitExceeded, NotFound
+from pushforward.errors import DeadlineExceeded, InvalidInput, InvalidModel, LimitExceeded, NotFound
 from pushforward.messages import Result
+from pushforward.scoring.calibration import Calibration
 from pushforward.settings import Settings
 from pushforward.store.catalog import Catalog
 
@@ -103,6 +104,21 @@ def test_a_version_is_found_again_without_reading_it_and_seen_when_it_changes(
     with_plane(tmp_path, test)
 
 
+def test_a_calibration_that_was_edited_gives_no_p_values(store: Path, tmp_path: Path) -> None:
+    shutil.copytree(store / "pair" / "1", tmp_path / "pair" / "1")
+    kept = Calibration.load(tmp_path / "pair" / "1" / "calibration.safetensors")
+
+    async def test(plane: Dataplane) -> None:
+        model = plane.model("pair")
+        await plane.density(model, np.zeros((1, 2)), None, DEFAULT)  # the version is loaded: now it is edited
+        forged = Calibration(kept.log_density - 100, kept.quantiles, kept.quantile_levels)
+        forged.save(tmp_path / "pair" / "1" / "calibration.safetensors")
+        with pytest.raises(InvalidModel, match=r"pair/1/calibration.safetensors has been changed"):
+            await plane.score(model, np.zeros((1, 2)), None, DEFAULT)
+
+    with_plane(tmp_path, test)
+
+
 def test_a_deadline_ends_a_request_and_its_rows_leave(store: Path) -> None:
     x = np.random.default_rng(0).normal(size=(20_000, 2))
     slow = Options(rtol=1e-12, atol=1e-12, logp_atol=1e-12, precision="float64", timeout_ms=200)
@@ -142,7 +158,7 @@ def test_limits_and_arguments_are_checked_before_any_work(store: Path) -> None:
 def test_a_failing_row_has_no_p_value_and_no_flag(store: Path) -> None:
     async def test(plane: Dataplane) -> None:
         model = plane.model("pair")
-        x = np.array([[0.0, 0.0], [1e300, 0.0], [50.0, 0.0]])
+        x = np.array([[1.2, 0.0], [1e300, 0.0], [50.0, 0.0]])
         for options in ({"alpha": 0.01}, {"fdr": 0.1}):
             scores = await plane.score(model, x, None, DEFAULT, explain=True, **options)
             assert np.isnan(scores.p_value).tolist() == [False, True, False]

@@ -22,9 +22,7 @@ class Field(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.net = nn.Sequential(
-            nn.Linear(3, 50), nn.Tanh(), nn.Linear(50, 50), nn.Tanh(), nn.Linear(50, 2)
-        )
+        self.net = nn.Sequential(nn.Linear(3, 50), nn.Tanh(), nn.Linear(50, 50), nn.Tanh(), nn.Linear(50, 2))
 
     def forward(self, t: Tensor, z: Tensor) -> Tensor:
         return self.net(torch.cat([z, t * torch.ones_like(z[:, :1])], 1))

@@ -15,7 +15,7 @@ import numpy as np
 
 from pushforward.store.catalog import Catalog
 
-SLOW = {"n": 3000, "seed": 1, "rtol": 1e-11, "atol": 1e-11, "precision": "float64"}
+SLOW = {"n": 1000, "seed": 1, "rtol": 1e-11, "atol": 1e-11, "precision": "float64"}
 
 
 def in_background(

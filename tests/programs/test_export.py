@@ -12,12 +12,15 @@ import onnx
 import pytest
 import torch
 from tests.problems import FLOWS, ExportedModel, Foreign, exported, identity, oracle
+from torch import Tensor
 
 from pushforward.engine.request import Kind
 from pushforward.errors import PublishFailed
-from pushforward.flows.fields import Wrapped
+from pushforward.flows.fields import MLP, Wrapped
 from pushforward.flows.flow import Flow
+from pushforward.flows.transforms import Compose, Log, Logit
 from pushforward.programs.export import PRECISIONS, export_programs
+from pushforward.programs.runtime import Program
 from pushforward.solvers.solve import log_density
 from pushforward.solvers.state import Clock, Span, Stop
 from pushforward.solvers.step import Start, Step
@@ -74,8 +77,8 @@ def test_start_and_step_are_the_torch_modules(name: str, precision: str, kind: s
     field = field_of(model, precision)
     start = Start(field, KINDS[kind])
     step = Step(field, METHODS[model.method], KINDS[kind], abs(model.t_data - model.t_base))
-    # rounding; in float32 the estimated error is a difference of numbers close to one another
-    exact, loose = {"float64": (1e-12, 1e-9), "float32": (2e-5, 2e-2)}[precision]
+    # rounding; in float32 the estimated error, and with it the next step, is a difference of near equals
+    exact, loose = {"float64": (1e-12, 1e-9), "float32": (2e-5, 0.5)}[precision]
     for rows in (1, 2, 33):
         inputs = started(model, rows, precision, kind)
         clock, span, state, *context = (torch.from_numpy(part) for part in inputs)
@@ -90,10 +93,8 @@ def test_start_and_step_are_the_torch_modules(name: str, precision: str, kind: s
         np.testing.assert_allclose(state_next, expected_state, rtol=exact, atol=exact)
         columns = [Clock.T, Clock.ELL, Clock.DIVERGENCE]
         np.testing.assert_allclose(clock_next[:, columns], expected_clock[:, columns], rtol=exact, atol=exact)
-        np.testing.assert_allclose(
-            clock_next[:, Clock.ERROR], expected_clock[:, Clock.ERROR], rtol=loose, atol=exact
-        )
-        np.testing.assert_allclose(clock_next[:, Clock.DT], expected_clock[:, Clock.DT], rtol=loose, atol=0)
+        columns = [Clock.ERROR, Clock.DT]
+        np.testing.assert_allclose(clock_next[:, columns], expected_clock[:, columns], rtol=loose, atol=exact)
         whole = [Clock.ACCEPTED, Clock.CAP, Clock.ATTEMPTS, Clock.STOP]
         np.testing.assert_array_equal(clock_next[:, whole], expected_clock[:, whole])
         assert state_next.dtype == np.dtype(precision)
@@ -131,9 +132,8 @@ def test_outside_the_support_the_program_says_minus_infinity(name: str, columns:
 def test_solves_in_float64_reach_the_reference(name: str) -> None:
     model = exported(name)
     x, context = model.points(Kind.ENCODE, 6)
-    reference, base = log_density(
-        model.flow, torch.from_numpy(x), None if context is None else torch.from_numpy(context)
-    )
+    c = None if context is None else torch.from_numpy(context)
+    reference, base = log_density(model.flow, torch.from_numpy(x), c)
     tolerance = 1e-7 if model.method == "bosh3" else 1e-9
     answer = model.solve(Kind.ENCODE, x, context, tolerance=tolerance, precision="float64", max_steps=100_000)
     np.testing.assert_allclose(answer.log_density, reference, rtol=0, atol=300 * tolerance)
@@ -195,7 +195,9 @@ def test_exporting_changes_nothing_about_the_flow(tmp_path: Path) -> None:
     before = {name: (tensor.clone(), tensor.dtype) for name, tensor in flow.state_dict().items()}
     told: list[str] = []
     with pytest.raises(KeyboardInterrupt):
-        export_programs(flow, METHODS["bosh3"], tmp_path, lambda name: told.append(name) or interrupt(told))
+        export_programs(
+            flow, METHODS["bosh3"], tmp_path, lambda name: told.append(name) or interrupt(name == "decode")
+        )
     assert told == ["encode", "decode"]
     after = flow.state_dict()
     assert all(
@@ -205,16 +207,41 @@ def test_exporting_changes_nothing_about_the_flow(tmp_path: Path) -> None:
     assert flow.training
 
 
-def interrupt(told: list[str]) -> None:
-    if len(told) == 2:
+def interrupt(now: bool) -> None:
+    if now:
         raise KeyboardInterrupt
 
 
-def test_a_field_that_onnx_runtime_cannot_run_is_refused(tmp_path: Path) -> None:
-    class Inverse(Foreign):
-        def forward(self, t: torch.Tensor, z: torch.Tensor, *c: torch.Tensor) -> torch.Tensor:
-            return torch.special.i0e(super().forward(t, z, *c))
+class Bessel(Foreign):
+    """Uses a function that ONNX does not have."""
 
-    flow = Flow(Wrapped(Inverse(2, (8,)), 2), identity(2))
+    def forward(self, t: Tensor, z: Tensor, *c: Tensor) -> Tensor:
+        return torch.special.i0e(super().forward(t, z, *c))
+
+
+class Branching(Foreign):
+    """Asks for a value in Python."""
+
+    def forward(self, t: Tensor, z: Tensor, *c: Tensor) -> Tensor:
+        value = super().forward(t, z, *c)
+        return value if z.sum() > 0 else -value
+
+
+@pytest.mark.parametrize("foreign", [Bessel, Branching])
+def test_a_field_that_cannot_be_exported_is_refused(foreign: type[Foreign], tmp_path: Path) -> None:
+    flow = Flow(Wrapped(foreign(2, (8,)), 2), identity(2))
     with pytest.raises(PublishFailed, match="field"):
         export_programs(flow, METHODS["bosh3"], tmp_path)
+
+
+def test_numbers_in_transforms_keep_their_digits(tmp_path: Path) -> None:
+    # 0.1 and 0.6 are no float32 numbers: rounded, they would move the edge of the support
+    transform = Compose([Logit(2, [0], 0.1, 0.7), Log(2, [1], lower=0.1)])
+    flow = Flow(MLP(2, (16,)), transform)
+    with pytest.raises(KeyboardInterrupt):
+        export_programs(flow, METHODS["bosh3"], tmp_path, lambda name: interrupt(name == "decode"))
+    encode = Program((tmp_path / "encode.onnx").read_bytes(), "encode")
+    x = np.array([[0.1 + 1e-9, 0.1 + 1e-9], [0.3, 5.0], [0.7 - 1e-9, 0.2]])
+    expected = transform.encode(torch.from_numpy(x))
+    for ours, theirs in zip(encode(x), expected, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-12)

@@ -1,7 +1,8 @@
-"""Fields trained elsewhere: recognised where a closed form exists, wrapped where not, refused with a reason."""
+"""Fields trained elsewhere: recognised where there is a closed form, wrapped where not, or refused."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -32,7 +33,7 @@ class Ordered(nn.Module):
         self.order, self.act = order, act
         width = sum({"z": dim, "t": 1, "c": context_dim}[part] for part in order)
         sizes = [width, *hidden, dim]
-        self.layers = nn.ModuleList(nn.Linear(a, b, bias) for a, b in zip(sizes[:-1], sizes[1:], strict=True))
+        self.layers = nn.ModuleList(nn.Linear(a, b, bias) for a, b in itertools.pairwise(sizes))
 
     def forward(self, t: Tensor, z: Tensor, *c: Tensor) -> Tensor:
         parts = {"z": z, "t": t * torch.ones_like(z[:, :1]), "c": c[0] if c else None}
@@ -46,7 +47,7 @@ class ScalarTime(Foreign):
     """Takes the scalar t of torchdiffeq, and nothing else."""
 
     def forward(self, t: Tensor, z: Tensor, *c: Tensor) -> Tensor:
-        return super().forward(torch.as_tensor(float(t)), z, *c)
+        return super().forward(torch.as_tensor(float(t), dtype=z.dtype), z, *c)
 
 
 def check(module: nn.Module, field: VectorField, dim: int, context_dim: int) -> None:
@@ -113,6 +114,13 @@ class Scaled(Foreign):
         return self.scale * super().forward(t, z, *c)
 
 
+class Clipped(Foreign):
+    """Looks like a perceptron near the origin only."""
+
+    def forward(self, t: Tensor, z: Tensor, *c: Tensor) -> Tensor:
+        return super().forward(t, z.clamp(-5, 5), *c)
+
+
 class TimesTime(Foreign):
     def forward(self, t: Tensor, z: Tensor, *c: Tensor) -> Tensor:
         return super().forward(t * t, z, *c)
@@ -131,6 +139,7 @@ WRAPPED: dict[str, tuple[Callable[[], nn.Module], int, int]] = {
     "GELU": (lambda: Foreign(2, (16, 16), 1, nn.GELU), 2, 1),
     "residual": (lambda: Residual(3, (24,)), 3, 0),
     "a parameter more": (Scaled, 3, 0),
+    "clipped far out": (lambda: Clipped(3, (24,)), 3, 0),
     "t squared": (lambda: TimesTime(3, (24,)), 3, 0),
     "another softplus": (Sharper, 3, 0),
     "sine": (lambda: Ordered("zt", act=torch.sin), 3, 0),
@@ -186,6 +195,11 @@ class Broken(Foreign):
         return self.what(super().forward(t, z, *c))
 
 
+class Growing(nn.Module):
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return z * t
+
+
 def raising(value: Tensor) -> Tensor:
     raise RuntimeError("no such luck")
 
@@ -200,7 +214,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], int, str]] = {
         r"could not be called as field\(t, z\).*RuntimeError: no such luck",
     ),
     "made for other rows": (lambda: Foreign(4, (16,)), 0, r"field\(t, z\) with a scalar t and z \[1, 3\]"),
-    "context it does not take": (lambda: Growing(), 2, r"field\(t, z, c\).*positional argument"),
+    "context it does not take": (Growing, 2, r"field\(t, z, c\).*positional argument"),
     "context it lacks": (lambda: Foreign(3, (16,), 2), 0, r"field\(t, z\)"),
     "scalar time only": (lambda: ScalarTime(3, (16, 16, 16)), 0, r"one time per row, t \[B, 1\]"),
     "ours, for other rows": (
@@ -212,11 +226,6 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], int, str]] = {
     "not a number": (lambda: Broken(lambda v: v * math.nan), 0, "finite"),
     "infinite": (lambda: Broken(lambda v: v / 0), 0, "finite"),
 }
-
-
-class Growing(nn.Module):
-    def forward(self, t: Tensor, z: Tensor) -> Tensor:
-        return z * t
 
 
 @pytest.mark.parametrize("name", REFUSED)

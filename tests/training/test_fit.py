@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from pushforward.errors import Conflict, InvalidInput, TrainingFailed
+from pushforward.flows.transforms import Standardize
 from pushforward.training.bundled import moons
 from pushforward.training.data import build_transform
 from pushforward.training.evaluate import log_density, mixture_log_density
@@ -43,7 +44,7 @@ def same(a, b):
 
 
 def test_it_learns_moons(rows, transform):
-    recipe = Recipe(hidden=(64, 64), steps=800, batch=128, learning_rate=5e-3, average=0.99, sharpness=3)
+    recipe = Recipe(hidden=(64, 64), steps=800, batch=256, learning_rate=1e-2, average=0.98, sharpness=3)
     result = fitted(rows, transform, recipe)
     flow = log_density(result.flow, rows[2500:]).mean()
     gaussian = mixture_log_density(rows[:2000], rows[2500:], transform, components=1).mean()
@@ -78,10 +79,11 @@ def test_the_global_generator_is_left_alone(rows, transform):
     assert torch.equal(torch.rand(1), expected)
 
 
-def test_maximum_likelihood_raises_the_log_density(rows, transform):
+def test_maximum_likelihood_raises_the_log_density(rows):
     recipe = replace(QUICK, **LIKELIHOOD | {"steps": 30, "batch": 64}, learning_rate=3e-2, average=0.5)
-    result = fitted(rows, transform, recipe)
-    assert result.best.held_out > result.history[0].held_out + 0.1
+    narrow = Standardize(torch.zeros(2), torch.full((2,), 3.0))  # there is a scale to be learnt
+    result = fitted(rows, narrow, recipe)
+    assert result.best.held_out > result.history[0].held_out + 0.5
 
 
 class Interrupt(Watch):
@@ -160,7 +162,7 @@ def test_context_is_scaled_inside_and_taken_raw_outside(rng):
 
 
 def test_a_diverging_fit_says_so(transform, rows):
-    with pytest.raises(TrainingFailed, match="The loss is .* Use a smaller learning rate"):
+    with pytest.raises(TrainingFailed, match=r"The loss is .* Use a smaller learning rate"):
         fitted(rows * 1e30, transform)
 
 

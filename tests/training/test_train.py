@@ -32,12 +32,54 @@ def console():
     return Console(file=io.StringIO(), width=100)
 
 
+class Interrupt(Watch):
+    """Ctrl-C after 40 steps."""
+
+    def step(self, step, loss):
+        if step == 40:
+            raise KeyboardInterrupt
+
+
 @pytest.fixture(scope="module")
-def trained(table, tmp_path_factory):
-    store = tmp_path_factory.mktemp("store")
+def interrupted(table, tmp_path_factory):
+    """A store in which a run was interrupted, and what that run said."""
+    store, out = tmp_path_factory.mktemp("store"), console()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train_module, "watch_for", lambda console: Interrupt())
+        with pytest.raises(KeyboardInterrupt):
+            run(table, "wine", store, label="third", options=QUICK, console=out)
+    assert Catalog(store).models() == []  # nothing is published, not even half
+    assert "--resume continues" in " ".join(out.file.getvalue().split())
+    return store
+
+
+def test_other_settings_cannot_resume_a_run(table, interrupted):
+    other = replace(QUICK, recipe=replace(QUICK.recipe, noise=0.1))
+    with pytest.raises(Conflict, match="belongs to other data or other settings"):
+        run(table, "wine", interrupted, label="third", options=other, resume=True, console=console())
+
+
+@pytest.fixture(scope="module")
+def trained(table, interrupted):
+    """The store after the run was resumed, the manifest, and what the run said."""
     out = console()
-    manifest = run(table, "wine", store, label="third", options=QUICK, description="Wines.", console=out)
-    return store, manifest, out.file.getvalue()
+    manifest = run(
+        table,
+        "wine",
+        interrupted,
+        label="third",
+        options=QUICK,
+        description="Wines.",
+        resume=True,
+        console=out,
+    )
+    return interrupted, manifest, out.file.getvalue()
+
+
+def test_resuming_goes_on_where_the_run_was_interrupted(trained):
+    _, _, text = trained
+    assert "step 15/60" not in text
+    assert "step 45/60" in text
 
 
 def test_a_table_becomes_a_version_that_says_how_good_it_is(trained):
@@ -74,46 +116,13 @@ def test_nothing_but_the_version_is_left_in_the_store(trained):
     ] == []
 
 
-class Interrupt(Watch):
-    """Ctrl-C after 40 steps."""
-
-    def step(self, step, loss):
-        if step == 40:
-            raise KeyboardInterrupt
-
-
-def test_an_interrupted_run_publishes_nothing_and_can_be_resumed(table, tmp_path, monkeypatch):
-    out = console()
-    monkeypatch.setattr(train_module, "watch_for", lambda console: Interrupt())
-    with pytest.raises(KeyboardInterrupt):
-        run(table, "wine", tmp_path, label="third", options=QUICK, console=out)
-    assert Catalog(tmp_path).models() == []
-    assert "--resume continues" in " ".join(out.file.getvalue().split())
-    monkeypatch.undo()
-    other = replace(QUICK, recipe=replace(QUICK.recipe, noise=0.1))
-    with pytest.raises(Conflict, match="belongs to other data or other settings"):
-        run(table, "wine", tmp_path, label="third", options=other, resume=True, console=console())
-    out = console()
-    manifest = run(table, "wine", tmp_path, label="third", options=QUICK, resume=True, console=out)
-    assert manifest.version == 1
-    assert "step 15/60" not in out.file.getvalue()
-    assert "step 45/60" in out.file.getvalue()
-
-
-def test_context_columns_make_a_conditional_model(table, tmp_path):
-    manifest = run(
-        table, "proline", tmp_path, columns=["proline"], context=["alcohol"], options=QUICK, console=console()
-    )
-    assert manifest.features == ["proline"]
-    assert manifest.context_features == ["alcohol"]
-
-
-def test_an_npz_with_y_is_labelled(tmp_path, rng):
+def test_an_npz_is_labelled_by_y_and_conditioned_by_column(tmp_path, rng):
     path = tmp_path / "table.npz"
     rows = rng.normal(size=(200, 2))
-    np.savez(path, X=np.concatenate([rows, rows[:20] + 8]), y=np.repeat([0, 1], [200, 20]))
-    manifest = run(path, "table", tmp_path / "store", options=QUICK, console=console())
-    assert manifest.features == ["x0", "x1"]
+    np.savez(path, X=np.concatenate([rows, rows[:20] + [8, 0]]), y=np.repeat([0, 1], [200, 20]))
+    manifest = run(path, "table", tmp_path / "store", context=["x1"], options=QUICK, console=console())
+    assert manifest.features == ["x0"]
+    assert manifest.context_features == ["x1"]
     assert manifest.metrics["auroc"] > 0.95
 
 

@@ -6,18 +6,20 @@ import os
 import signal
 import sys
 from types import FrameType
+from typing import Annotated
 
 import typer
 
+from pushforward import __version__
 from pushforward.cli import models, work
-from pushforward.cli.common import plain, say
+from pushforward.cli.common import plain, say, show
 from pushforward.errors import PushforwardError, UsageError
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
-    help="Train, publish and serve continuous normalizing flows: samples, log-densities, anomaly scores.",
     no_args_is_help=True,
+    invoke_without_command=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",  # paragraphs are filled to the width of the terminal
@@ -25,6 +27,18 @@ app = typer.Typer(
 for command in (work.serve, work.train, work.score, work.sample):
     app.command()(command)
 app.add_typer(models.app, name="models")
+
+
+@app.callback()
+def pushforward(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version and exit.", is_eager=True)
+    ] = False,
+) -> None:
+    """Train, publish and serve continuous normalizing flows: samples, log-densities, anomaly scores."""
+    if version:
+        show(__version__)
+        raise typer.Exit
 
 
 def main() -> None:

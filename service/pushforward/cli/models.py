@@ -21,6 +21,8 @@ def models(context: typer.Context, store: Store = None) -> None:
     """Look at the models of a store, check them, move their labels. Without a command: list them."""
     if context.invoked_subcommand is None:
         list_models(store)
+    elif store is not None:  # given before the command, it is meant for the command
+        context.default_map = {context.invoked_subcommand: {"store": store}}
 
 
 @app.command("list")

@@ -16,13 +16,13 @@ import numpy.typing as npt
 from pushforward.broker.base import Broker
 from pushforward.dataplane.dispatch import Dispatcher, Limits, Options, first_rows
 from pushforward.engine.request import Kind
-from pushforward.errors import InvalidInput, LimitExceeded
+from pushforward.errors import InvalidInput, InvalidModel, LimitExceeded
 from pushforward.messages import Result
 from pushforward.noise import standard_normal
 from pushforward.scoring.attribution import attributions, replacements
 from pushforward.scoring.calibration import Calibration, benjamini_hochberg, flag
 from pushforward.store.catalog import Catalog
-from pushforward.store.manifest import Manifest
+from pushforward.store.manifest import Manifest, sha256_file
 
 __all__ = ["Dataplane", "Model", "Scores"]
 
@@ -43,8 +43,19 @@ class Model:
 
     @cached_property
     def calibration(self) -> Calibration:
-        """Held-out log-densities and quantiles, read when they are first needed."""
-        return Calibration.load(self.folder / "calibration.safetensors")
+        """Held-out log-densities and quantiles, read when they are first needed.
+
+        Raises:
+            InvalidModel: when the file is not the one that was published.
+        """
+        path = self.folder / "calibration.safetensors"
+        calibration = Calibration.load(path)
+        if sha256_file(path) != self.manifest.files[path.name].sha256:
+            file = "/".join(path.parts[-3:])
+            raise InvalidModel(
+                f"{file} has been changed: its SHA-256 is not that of its manifest.", file=file
+            )
+        return calibration
 
 
 @dataclass(frozen=True)

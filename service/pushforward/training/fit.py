@@ -242,7 +242,8 @@ class _Run:
             save_file(self._tensors(), partial, metadata={"facts": json.dumps(facts)})
             os.replace(partial, path)
         except (OSError, SafetensorError) as error:
-            partial.unlink(missing_ok=True)
+            if partial.is_file():
+                partial.unlink()
             raise TrainingFailed(f"The checkpoint {path} could not be written: {error}.") from error
 
     def load(self, path: Path) -> None:
