@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import functools
 import itertools
 import math
+import os
+import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -18,6 +23,7 @@ from scipy.integrate import RK45
 from scipy.linalg import expm
 from torch import Tensor, nn
 
+import pushforward
 from pushforward.engine.request import Answer, Chunk, Kind
 from pushforward.flows.fields import MLP, Linear, Sum, VectorField, Wrapped, planar
 from pushforward.flows.flow import Flow
@@ -25,6 +31,7 @@ from pushforward.flows.transforms import Compose, Log, Logit, Standardize, White
 from pushforward.loading import BATCH_MULTIPLES, run_chunk
 from pushforward.programs.export import export_programs
 from pushforward.programs.runtime import Program
+from pushforward.publish import publish
 from pushforward.solvers.tableau import METHODS
 
 torch.set_num_threads(1)
@@ -325,3 +332,63 @@ def exported(name: str) -> ExportedModel:
         if same:
             return model
     raise AssertionError(f"{name}: rows depend on their batch, whatever the padding")
+
+
+# ------------------------------------------------------------------------------------ published models
+
+
+def publish_blobs(store: str, seed: int) -> None:
+    """Publish p(a, b | c) from a plain torch module, as the next version of ``blobs``."""
+    x, c = blobs(400)
+    publish(
+        foreign_blobs(seed),
+        store=store,
+        name="blobs",
+        calibration=x,
+        calibration_context=c,
+        transform=Standardize(torch.from_numpy(x.mean(0)), torch.from_numpy(x.std(0))),
+        features=["a", "b"],
+        context_features=["c"],
+        description="Two blobs.",
+        data={"source": "generator", "rows": len(x)},
+        metrics={"held_out_log_density": -2.5},
+        training={"seed": seed},
+        card="## Limits\n\nFor tests only.",
+    )
+
+
+def foreign_blobs(seed: int) -> Foreign:
+    return shaken(Foreign(2, (24, 16), 1), seed)
+
+
+def blobs(rows: int) -> tuple[Array, Array]:
+    """Rows [n, 2] and contexts [n, 1]."""
+    random = np.random.default_rng(0)
+    c = random.choice([-1.0, 1.0], size=(rows, 1))
+    return random.normal(size=(rows, 2)) * [1.0, 3.0] + 2 * c, c
+
+
+@functools.cache
+def published() -> Path:
+    """A store to which two processes published ``blobs`` at the same time; it goes when the run ends."""
+    folder = tempfile.mkdtemp(prefix="pushforward-tests-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    store = Path(folder) / "store"
+    program = "import sys, tests.problems; tests.problems.publish_blobs(sys.argv[1], int(sys.argv[2]))"
+    processes = [python(program, str(store), str(seed)) for seed in (1, 2)]
+    for process in processes:
+        _, errors = process.communicate()
+        assert process.returncode == 0, errors
+    return store
+
+
+def python(program: str, *arguments: str) -> subprocess.Popen[str]:
+    """A Python process that can import the project and its tests."""
+    paths = [str(Path(pushforward.__file__).parents[1]), str(Path(__file__).parents[1])]
+    return subprocess.Popen(
+        [sys.executable, "-c", program, *arguments],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )

@@ -82,7 +82,8 @@ def test_a_density_on_the_plane_integrates_to_one(name: str) -> None:
     points = 160
     drawn = samples(of, 500).value
     margin = 0.5 * (drawn.max(0) - drawn.min(0))
-    axes = [np.linspace(a, b, points) for a, b in zip(drawn.min(0) - margin, drawn.max(0) + margin, strict=True)]
+    low, high = drawn.min(0) - margin, drawn.max(0) + margin
+    axes = [np.linspace(a, b, points) for a, b in zip(low, high, strict=True)]
     grid = np.stack(np.meshgrid(*axes, indexing="ij"), -1).reshape(-1, 2)
     given = context(of, 1)
     given = None if given is None else np.broadcast_to(given, (len(grid), given.shape[1]))
@@ -96,7 +97,7 @@ def test_a_density_on_the_plane_integrates_to_one(name: str) -> None:
 @pytest.mark.parametrize(("kind", "density"), [(Kind.ENCODE, True), (Kind.DECODE, False)])
 @pytest.mark.parametrize("name", NAMES)
 def test_bits_do_not_depend_on_the_company(name: str, kind: Kind, density: bool, precision: str) -> None:
-    """Rows alone, and among rows that join at random, blow up, never converge, or are cancelled on the way."""
+    """Rows alone, and among rows that join at random, blow up, never converge, or are cancelled."""
     of, rows = model(name), 8
     start = samples(of, rows).value if kind is Kind.ENCODE else standard_normal(3, 0, rows, of.manifest.dim)
     chunk = default_chunk(of.manifest.solver, start, context(of, rows))

@@ -26,7 +26,7 @@ from pushforward.solvers.state import Clock
 def composed_planar_flows(field: MLP, z: Tensor, steps: int) -> tuple[Tensor, Tensor]:
     """The discrete flow of Rezende and Mohamed 2015: maps z ← z + u tanh(wᵀz + b), one unit after another.
 
-    Every map has the determinant 1 + uᵀw tanh'(wᵀz + b) (matrix determinant lemma), so the sum of the logarithms
+    Every map has the determinant 1 + uᵀw tanh'(wᵀz + b) (determinant lemma), so the sum of the logarithms
     is the exact log|det| of the composition, whatever it has to do with a differential equation.
     """
     h, log_det = 1 / steps, torch.zeros(len(z), dtype=torch.float64)
@@ -64,7 +64,7 @@ def test_theorem_1_is_the_limit_of_the_discrete_change_of_variables() -> None:
 
 @torch.no_grad()
 def test_the_divergence_integral_is_the_log_determinant_of_the_flow_map() -> None:
-    # the same without any discrete flow: log|det ∂z(1)/∂z(0)|, with the Jacobian by differences of whole solves
+    # the same without any discrete flow: log|det ∂z(1)/∂z(0)|, the Jacobian by differences of solves
     field = shaken(MLP(3, (32, 16), gate=True), 9, gain=1.2).double()
     flow, z = Flow(field, identity(3)), torch.tensor([[0.3, -0.7, 1.1]], dtype=torch.float64)
     h = 1e-4

@@ -1,9 +1,10 @@
-"""Bring your own field: train a continuous normalizing flow in plain torchdiffeq, publish it, and check what is served.
+"""Bring your own field: train a continuous normalizing flow in plain torchdiffeq, publish it, and check what
+is served.
 
     .venv/bin/python docs/examples/torchdiffeq_field.py model_store
 
-Nothing in the first half knows of Pushforward: it is maximum likelihood with the trace by autograd, as in torchdiffeq's own
-example.  The second half is one call.  It takes about a minute.
+Nothing in the first half knows of Pushforward: it is maximum likelihood with the trace by autograd, as in
+torchdiffeq's own example.  The second half is one call.  It takes about a minute.
 """
 
 import math

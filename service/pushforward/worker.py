@@ -44,6 +44,7 @@ __all__ = ["Channel", "Models", "main", "serve"]
 
 log = logging.getLogger("pushforward.worker")  # __name__ is "__main__" here
 
+_LOOK_S = 0.0002  # between two looks at the socket: the step of one row is so short that a look would be felt
 _READ_BYTES = 1 << 16  # a larger buffer would be mapped and unmapped at every read
 
 
@@ -56,6 +57,7 @@ class Channel:
         self._frames = FrameReader()
         self._unsent: deque[memoryview] = deque()
         self._poll = select.poll()
+        self._poll.register(sock, select.POLLIN)
         self.open = True
 
     def receive(self, *, wait: bool) -> list[ToWorker]:
@@ -64,10 +66,10 @@ class Channel:
         Args:
             wait: until something happens: a message, the end of the stream, or room for what is unsent.
         """
-        if wait:
-            self._poll.register(self._socket, select.POLLIN | (select.POLLOUT if self._unsent else 0))
-            self._poll.poll()
-        self._flush()
+        if not self._poll.poll(None if wait else 0):
+            return []
+        if self._unsent:
+            self._flush()
         messages: list[ToWorker] = []
         while self.open:
             try:
@@ -83,7 +85,7 @@ class Channel:
         return messages
 
     def send(self, message: FromWorker) -> None:
-        """Send a message, or as much of it as the socket takes; the rest goes with a later call."""
+        """Send a message, or as much of it as the socket takes; the rest goes with a later ``receive``."""
         self._unsent.append(memoryview(frame(message)))
         self._flush()
 
@@ -93,14 +95,15 @@ class Channel:
             try:
                 sent = self._socket.send(data)
             except BlockingIOError:
-                return
-            except OSError:  # the other end is gone; receive() sees its end
+                break
+            except OSError:  # the other end is gone
                 self.open = False
-                return
+                break
             if sent == len(data):
                 self._unsent.popleft()
             else:
                 self._unsent[0] = data[sent:]
+        self._poll.modify(self._socket, select.POLLIN | (select.POLLOUT if self._unsent else 0))
 
 
 class Models:
@@ -133,11 +136,15 @@ def serve(channel: Channel, setup: Setup) -> None:
     channel.send(_load(models, setup))
     gc.freeze()  # what is there now stays: collections need not look at it again and again
     engine = Engine(models, slots=setup.slots)
+    look = 0.0
     while True:
-        for message in channel.receive(wait=not engine.busy):
-            _take(message, engine, channel)
-        if not channel.open:
-            return
+        now = time.monotonic()
+        if now >= look or not engine.busy:
+            for message in channel.receive(wait=not engine.busy):
+                _take(message, engine, channel)
+            if not channel.open:
+                return
+            look = now + _LOOK_S
         for answer in engine.step():
             channel.send(_result(answer))
 

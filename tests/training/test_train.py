@@ -119,7 +119,7 @@ def test_nothing_but_the_version_is_left_in_the_store(trained):
 def test_an_npz_is_labelled_by_y_and_conditioned_by_column(tmp_path, rng):
     path = tmp_path / "table.npz"
     rows = rng.normal(size=(200, 2))
-    np.savez(path, X=np.concatenate([rows, rows[:20] + [8, 0]]), y=np.repeat([0, 1], [200, 20]))
+    np.savez(path, X=np.concatenate([rows, rows[:20] + np.array([8, 0])]), y=np.repeat([0, 1], [200, 20]))
     manifest = run(path, "table", tmp_path / "store", context=["x1"], options=QUICK, console=console())
     assert manifest.features == ["x0"]
     assert manifest.context_features == ["x1"]

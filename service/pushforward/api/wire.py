@@ -74,7 +74,7 @@ class Endpoint(Generic[Query]):
     ) -> None:
         self.handler = handler
         self.schema = schema
-        self._adapter = None if schema is None else TypeAdapter(schema)
+        self._validator = None if schema is None else TypeAdapter(schema).validator
         self._max_body_bytes = max_body_bytes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -84,8 +84,8 @@ class Endpoint(Generic[Query]):
         status, headers = 200, {"content-type": "application/json", "x-request-id": call.id}
         try:
             query: Any = None
-            if self._adapter is not None:
-                query = _parsed(self._adapter, await _body(scope, receive, self._max_body_bytes))
+            if self._validator is not None:
+                query = _parsed(self._validator, await _body(scope, receive, self._max_body_bytes))
             body = orjson.dumps(await self.handler(call, query), option=_JSON)
         except PushforwardError as error:
             status, headers, body = problem(error, call.id)
@@ -164,9 +164,9 @@ def _check_content_type(value: bytes) -> None:
         )
 
 
-def _parsed(adapter: TypeAdapter[Query], body: bytes) -> Query:
+def _parsed(validator: Any, body: bytes) -> Any:
     try:
-        query = adapter.validate_json(body)
+        query = validator.validate_json(body)
     except ValidationError as error:
         raise invalid_input(error) from None
     if query.model_extra:

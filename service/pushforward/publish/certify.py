@@ -34,6 +34,7 @@ MARGIN = 0.5  # the quantile that is measured must keep this share of the bound
 ENOUGH = 1000  # rows; smaller tables are filled up with the model's own samples
 MOST = 2000
 TOLERANCES = (1e-3, 3e-4, 1e-4, 3e-5, 1e-5, 3e-6, 1e-6, 1e-7)
+LOGP_RATIO = 10  # logp_atol / atol: fewest steps at equal error of log p, see docs/decisions.md
 FIRST_STEPS = (0.01, 0.02, 0.04, 0.07, 0.1, 0.15, 0.2, 0.3)  # shares of the interval
 MAX_STEPS = 1000
 
@@ -123,7 +124,7 @@ def certify(
         draft: the programs; its first steps are set to the tuned ones.
         rows: what to measure on.
         method: name of the method the programs contain.
-        tolerance: rtol = atol = logp_atol to use; None picks the loosest that meets the bound.
+        tolerance: rtol = atol to use, and a tenth of logp_atol; None picks the loosest that meets the bound.
         advance: told what is being tried.
 
     Raises:
@@ -134,7 +135,8 @@ def certify(
     for precision in precisions:
         for tried in (tolerance,) if tolerance else TOLERANCES:
             advance(f"tolerance {tried:g}, {precision}")
-            chunk = replace(_tight(Kind.ENCODE), precision=precision, rtol=tried, atol=tried, logp_atol=tried)
+            chunk = replace(_tight(Kind.ENCODE), precision=precision, rtol=tried, atol=tried)
+            chunk = replace(chunk, logp_atol=LOGP_RATIO * tried)
             draft.dt_data_to_base = draft.dt_base_to_data = 0.05 * abs(draft.t_data - draft.t_base)
             if _quantile(draft, chunk, rows) > MARGIN * BOUND and tolerance is None:
                 continue

@@ -92,8 +92,8 @@ def publish(
         training: how it was trained.
         card: further sections for the model card, Markdown.
         method: the Runge–Kutta method (``solvers.tableau.METHODS``).
-        tolerance: rtol = atol = logp_atol; None picks the loosest that keeps log p within 1e-3 nats for 99.9%
-            of the rows.
+        tolerance: rtol = atol, and a tenth of logp_atol; None picks the loosest that keeps log p within
+            1e-3 nats for 99.9% of the rows.
         probes: estimate the divergence with this many Hutchinson probes instead of computing it; answers are
             marked.
         advance: told what is being done, for a progress display.

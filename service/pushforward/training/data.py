@@ -244,7 +244,7 @@ def build_transform(
     Raises:
         InvalidInput: an unknown feature, or a value outside the support of its transform.
     """
-    dim, layers = len(features), list[Transform]()
+    groups: dict[tuple[float, float], list[int]] = {}
     bounds = {**dict.fromkeys(log, (0.0, np.inf)), **(logit or {})}
     for name, (lower, upper) in bounds.items():
         if name not in features:
@@ -258,8 +258,12 @@ def build_transform(
                 f"leave out its {kind} transform, or correct the value.",
                 where=name,
             )
-        index = [features.index(name)]
-        layers.append(Log(dim, index) if upper == np.inf else Logit(dim, index, lower, upper))
+        groups.setdefault((lower, upper), []).append(features.index(name))
+    dim = len(features)
+    layers: list[Transform] = [
+        Log(dim, chosen) if upper == np.inf else Logit(dim, chosen, lower, upper)
+        for (lower, upper), chosen in groups.items()
+    ]
     z = torch.from_numpy(np.ascontiguousarray(rows, dtype=np.float64))
     for layer in layers:
         z = layer.encode(z)[0]

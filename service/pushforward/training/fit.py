@@ -121,7 +121,7 @@ class _Run:
         self.generator = torch.Generator().manual_seed(recipe.seed)
         held_out = torch.from_numpy(np.ascontiguousarray(validation[:VALIDATION_ROWS], dtype=np.float64))
         if self.widths is not None:  # drawn once: all checks see the same rows
-            held_out = held_out + self.widths * self._uniform(held_out.shape).double()
+            held_out = held_out + self.widths * self._uniform(held_out.shape)
         self.validation, log_det = transform.encode(held_out)
         self.validation_log_det = log_det
         self.scaling = None if context is None else _Scaling.of(context)
@@ -174,7 +174,7 @@ class _Run:
         x1 = self.encoded[index]
         if self.widths is not None:
             raw = self.raw[index]
-            x1 = self.transform.encode(raw + self.widths * self._uniform(raw.shape).double())[0].float()
+            x1 = self.transform.encode(raw + self.widths * self._uniform(raw.shape))[0].float()
         context = None if self.context is None else self.context[index]
         x0 = torch.randn(x1.shape, generator=self.generator)
         if recipe.objective == "maximum_likelihood":
@@ -185,7 +185,7 @@ class _Run:
         return objectives.flow_matching(self.field, x0, x1, t / recipe.batch, context, recipe.noise)
 
     def _uniform(self, shape: Sequence[int]) -> Tensor:
-        return torch.rand(tuple(shape), generator=self.generator) - 0.5
+        return torch.rand(tuple(shape), generator=self.generator, dtype=torch.float64) - 0.5
 
     def check(self, loss: float) -> Check:
         """The validation log-density of the averaged weights; they are kept if it is the best so far.

@@ -1,0 +1,1 @@
+"""What Pushforward is measured against: the solvers, and services around them."""
