@@ -4,8 +4,8 @@ FOLDER holds tables with labelled anomalies (``*.npz`` with X and y, from ADBenc
 estimation (``uci_*.csv.gz`` with a mask of folds, from uci_datasets).
 
 Anomalies: half of the normal rows, chosen by seed, train; everything is standardised on them; the other half
-and all anomalies test; the score is −log p; mean over seeds.  More than 50,000 rows are thinned to 50,000.
-Beside the flow: the distance to the fifth neighbour, and a Gaussian mixture (full covariances, by BIC), on
+and all anomalies test; the score is −log p; mean over seeds.  Tables are thinned to 50,000 rows.  Beside
+the flow: the distance to the fifth neighbour, and a Gaussian mixture (full covariances, by BIC), on
 the same rows.  Densities: fold 0, mean log p of the test rows of the table standardised on its training rows.
 
 One thread; one line per set, as soon as it is known.

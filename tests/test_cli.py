@@ -130,6 +130,7 @@ def test_a_conditional_model_is_sampled_with_its_context(store: Path) -> None:
         (["score", "{table}", "-m", "pair", "--version", "9"], 1, "has no version or label '9'"),
         (["score", "{table}", "-m", "given"], 1, "patients.csv has no column 'x0', which model given needs"),
         (["score", "{narrow}", "-m", "pair"], 1, "has 1 columns without names; model pair takes 2"),
+        (["score", "{empty}", "-m", "pair"], 1, "empty.csv has no rows to score"),
         (["score", "{holes}", "-m", "pair"], 1, "column 'x1' has no value in row 2"),
         (
             ["score", "{table}", "-m", "pair", "-o", "s.xls"],
@@ -168,7 +169,9 @@ def test_what_is_wrong_is_one_clear_message(
 ) -> None:
     np.save(tmp_path / "narrow.npy", X[:, :1])
     np.save(tmp_path / "holes.npy", np.array([[1, 2], [3, np.nan]]))
-    places = {"table": table, "narrow": tmp_path / "narrow.npy", "holes": tmp_path / "holes.npy"}
+    (tmp_path / "empty.csv").write_text("age,dose\n")
+    places = {name: tmp_path / f"{name}.npy" for name in ("narrow", "holes")}
+    places |= {"table": table, "empty": tmp_path / "empty.csv"}
     done = run(*(text.format(**places) for text in arguments), status=status, PUSHFORWARD_STORE=str(store))
     assert says in " ".join(done.stderr.split())
 

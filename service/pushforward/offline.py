@@ -99,6 +99,8 @@ async def score(
                 if len(rows):
                     yield scored(plane, model, first, rows)
                 first += len(rows)
+            if first == 0:
+                raise InvalidInput(f"{path.name} has no rows to score.")
 
         await _write(calls(), output, "scoring", source.rows)
 

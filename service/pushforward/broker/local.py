@@ -101,7 +101,6 @@ class LocalBroker:
         self._tasks: list[asyncio.Task[None]] = []
         self._failures = 0
         self.ready = asyncio.Event()
-        self.last_ready: Ready | None = None
 
     @property
     def worker(self) -> int | None:
@@ -174,8 +173,15 @@ class LocalBroker:
 
     async def _supervise(self) -> None:
         while True:
+            if self._failures > 1:  # the last ones died before they were ready, or did not start: do not spin
+                await asyncio.sleep(min(_MAX_DELAY_S, 0.1 * 2**self._failures))
             if self._process is None:
-                self.spawn()
+                try:
+                    self.spawn()
+                except OSError:
+                    self._failures += 1
+                    log.exception("worker cannot be started")
+                    continue
             pid = self.worker
             await (await self._connect()).lost
             self._link = None
@@ -185,8 +191,6 @@ class LocalBroker:
             unanswered = len(self._pending)
             log.error("worker died", extra=fields(worker=pid, exit=code, unanswered=unanswered))
             self._fail_spent(code)
-            if self._failures > 1:  # it died before it was ready: do not spin
-                await asyncio.sleep(min(_MAX_DELAY_S, 0.1 * 2**self._failures))
 
     async def _keep_deadlines(self) -> None:
         """Give up chunks whose worker is silent about a deadline that has passed."""
@@ -216,7 +220,6 @@ class LocalBroker:
 
     def _receive(self, message: FromWorker) -> None:
         if isinstance(message, Ready):
-            self.last_ready = message
             self.ready.set()
             for name, version, reason in message.failed:
                 log.error("model failed to load", extra=fields(model=name, version=version, reason=reason))
