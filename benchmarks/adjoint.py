@@ -1,7 +1,7 @@
 """Memory of maximum-likelihood training: the adjoint against backpropagation through the solver.
 
-``python benchmarks/adjoint.py``: the most bytes that autograd keeps for the backward pass, and seconds of one core
-for a gradient, over the number of solver steps; D = 8, two hidden layers of 64, 256 rows.
+``python benchmarks/adjoint.py``: the most bytes that autograd keeps for the backward pass, and seconds of one
+core for a gradient, over the number of solver steps; D = 8, two hidden layers of 64, 256 rows.
 """
 
 from __future__ import annotations
