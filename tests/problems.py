@@ -115,8 +115,8 @@ class Troubled(Foreign):
         ordinary, (c,) = super().forward(t, z, *c), c
         blow_up = 5 * (1 + z * z)
         expire = z * torch.sqrt(torch.where(c == 20, 0.5 - t, 1.0))
-        waves = 5 * torch.cos(3000 * t) + 0 * z
-        other = torch.where(c == 10, blow_up, torch.where(c == 20, expire, waves))
+        jumps = 1000 * t - torch.floor(1000 * t) + 0 * z  # in numbers that every kernel computes alike
+        other = torch.where(c == 10, blow_up, torch.where(c == 20, expire, jumps))
         return torch.where(c < 10, ordinary, other)
 
 

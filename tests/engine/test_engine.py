@@ -138,7 +138,9 @@ def test_an_answer_is_the_torch_solution_row_by_row(kind: Kind) -> None:
         np.testing.assert_allclose(answer.value, value, rtol=1e-7, atol=1e-7)
         np.testing.assert_array_equal(answer.steps, solution.clock[:, Clock.ATTEMPTS])
         np.testing.assert_array_equal(answer.accepted, solution.clock[:, Clock.ACCEPTED])
-        np.testing.assert_allclose(answer.error_estimate, solution.clock[:, Clock.ERROR], rtol=1e-3)
+        np.testing.assert_allclose(
+            answer.error_estimate, solution.clock[:, Clock.ERROR], rtol=1e-3, atol=1e-12
+        )
         np.testing.assert_array_equal(answer.nfe, 1 + answer.steps * model.stages)
         np.testing.assert_array_equal(answer.t, ends[1])
 
@@ -329,9 +331,8 @@ def test_a_density_too_small_for_a_number_is_a_failure_rather_than_minus_infinit
     x, _ = model.points(Kind.ENCODE, 2)
     x[1] = 1e200
     answer = model.solve(Kind.ENCODE, x, None, precision="float64")
-    assert answer.status[0] == Status.OK
-    assert (answer.status[1] == Status.NONFINITE) == np.isnan(answer.log_density[1])
-    assert not np.isinf(answer.log_density[1])
+    assert answer.status.tolist() == [Status.OK, Status.NONFINITE]
+    assert np.isnan(answer.log_density[1])
 
 
 def test_a_tolerance_that_cannot_be_met_is_the_rows_own_failure(model: ExportedModel) -> None:

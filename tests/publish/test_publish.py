@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,9 @@ import torch
 from safetensors import safe_open
 from safetensors.numpy import load_file
 from safetensors.torch import load_file as load_tensors
-from tests.problems import Foreign, blobs, chunk, foreign_blobs, published, python, shaken
+from tests.problems import Foreign, blobs, foreign_blobs, published, python, shaken
 from torch import nn
 
-from pushforward.engine.request import Kind
 from pushforward.errors import InvalidInput, PublishFailed
 from pushforward.flows.fields import MLP, Hutchinson, PlainTime, Wrapped
 from pushforward.flows.flow import Flow
@@ -108,12 +108,12 @@ def test_the_certificate_is_true(version: int) -> None:
 def test_the_tolerance_is_the_loosest_that_keeps_the_bound(version: int) -> None:
     model = load_model(published() / "blobs" / str(version))
     solver = model.manifest.solver
-    assert solver.rtol == solver.atol == solver.logp_atol < 1e-3
+    assert solver.rtol == solver.atol == solver.logp_atol / 10 < 1e-3
     x, c = blobs(400)
     expected, _ = log_density(exact_flow(version), torch.from_numpy(x), torch.from_numpy(c))
-    settings = {"precision": solver.precision, "tolerance": 4 * solver.rtol}
-    looser = run_chunk(model, chunk("looser", Kind.ENCODE, x, c, **settings))
-    assert np.quantile(np.abs(looser.log_density - expected.numpy()), 0.999) > 5e-4
+    looser = replace(default_chunk(solver, x, c), rtol=10 * solver.rtol, atol=10 * solver.atol, logp_atol=1.0)
+    error = np.abs(run_chunk(model, looser).log_density - expected.numpy())
+    assert np.quantile(error, 0.999) > 5e-4  # half the bound: what publishing asks of the rows it measures
 
 
 def test_the_first_steps_are_worth_their_tuning() -> None:
@@ -194,7 +194,7 @@ def test_a_foreign_field_is_published_with_rows_outside_its_support(
     flow = Flow(Wrapped(field.double(), 2), Log(2, [0]), 1.0, 0.0)
     expected, _ = log_density(flow, torch.from_numpy(LOGNORMAL))
     inside = np.arange(80) % 4 > 0
-    error = np.abs(answer.log_density - expected.numpy())[inside]
+    error = np.abs(answer.log_density[inside] - expected.numpy()[inside])
     assert error.max() <= model.manifest.certificate.max + 1e-7
     assert np.isneginf(Calibration.load(model.folder / "calibration.safetensors").log_density[:20]).all()
 
@@ -203,7 +203,7 @@ def test_a_tolerance_that_is_asked_for_is_taken_and_its_error_is_told(
     unbounded: tuple[Path, nn.Module],
 ) -> None:
     solver = load_model(unbounded[0] / "deep" / "1").manifest.solver
-    assert solver.rtol == solver.atol == solver.logp_atol == 1e-2
+    assert (solver.rtol, solver.atol, solver.logp_atol) == (1e-2, 1e-2, 1e-1)
     certificate = load_model(unbounded[0] / "deep" / "1").manifest.certificate
     assert certificate.p999 > 1e-3
     assert certificate.share_within_1e3 < 0.999
@@ -251,32 +251,20 @@ def test_operators_without_float64_are_served_in_float32_only(
 # ------------------------------------------------------------------------------------------ what fails
 
 
-class Interrupted(KeyboardInterrupt):
-    pass
-
-
-@pytest.mark.parametrize("moment", ["program encode", "checking"])
-def test_an_interrupt_leaves_the_store_as_it_was(moment: str, tmp_path: Path) -> None:
+def test_an_interrupt_leaves_the_store_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "other" / "1").mkdir(parents=True)
     (tmp_path / "other" / "1" / "file").write_text("kept")
-    before, told = contents(tmp_path), []
+    before = contents(tmp_path)
 
     def advance(what: str) -> None:
-        told.append(what)
-        if what == moment:
-            assert len(contents(tmp_path)) > len(before)  # something is there to be cleaned up
-            raise Interrupted
+        if what == "checking":  # the last thing that is told
+            assert len(contents(tmp_path)) > len(before) + 10  # the version is there, to be cleaned up
+            raise KeyboardInterrupt
 
-    with pytest.raises(Interrupted):
-        publish(
-            shaken(MLP(1, (16,)), 1),
-            store=tmp_path,
-            name="new",
-            calibration=np.random.default_rng(0).normal(size=(20, 1)),
-            method="bosh3",
-            advance=advance,
-        )
-    assert told[-1] == moment
+    rows = np.random.default_rng(0).normal(size=(20, 1))
+    field = shaken(MLP(1, (16,)), 1)
+    with pytest.raises(KeyboardInterrupt):
+        publish(field, store=tmp_path, name="new", calibration=rows, method="bosh3", advance=advance)
     assert contents(tmp_path) == before
 
 
@@ -288,7 +276,7 @@ from pushforward.publish import publish
 from tests.problems import MLP, shaken
 
 def advance(what):
-    if what == sys.argv[2]:  # no file may grow beyond 1000 bytes from here
+    if what == "program encode":  # from here, no file can grow beyond 1000 bytes
         resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
 
 try:
@@ -300,10 +288,9 @@ except PublishFailed as error:
 """
 
 
-@pytest.mark.parametrize("moment", ["program encode", "calibrating"])
-def test_a_full_disk_leaves_the_store_as_it_was_and_says_so(moment: str, tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_store_as_it_was_and_says_so(tmp_path: Path) -> None:
     (tmp_path / "kept").write_text("kept")
-    process = python(FULL_DISK, str(tmp_path), moment)
+    process = python(FULL_DISK, str(tmp_path))
     printed, errors = process.communicate()
     assert process.returncode == 0, errors
     assert printed == (

@@ -170,14 +170,18 @@ def _finish(job: _Job) -> Answer:
     """Close the change of variables, where the integration went all the way."""
     chunk, task, clock = job.chunk, job.task, job.task.clock
     value, status = task.z, task.status
-    if chunk.t_end is not None:
-        log_density = np.full(len(value), np.nan)
-    elif chunk.kind is Kind.ENCODE:
-        log_density = _base_log_density(value) + clock[:, Clock.ELL] + job.log_det
-    else:
-        value, log_det = _flat(job.model.program("decode")(value))
-        log_density = job.base - clock[:, Clock.ELL] + log_det
-    broken = ~np.isfinite(value).all(1) & (status == Status.OK)
+    with np.errstate(invalid="ignore"):  # rows that failed
+        if chunk.t_end is not None:
+            log_density = np.full(len(value), np.nan)
+        elif chunk.kind is Kind.ENCODE:
+            log_density = _base_log_density(value) + clock[:, Clock.ELL] + job.log_det
+        else:
+            value, log_det = _flat(job.model.program("decode")(value))
+            log_density = job.base - clock[:, Clock.ELL] + log_det
+    finite = np.isfinite(value).all(1)
+    if chunk.density and chunk.t_end is None:
+        finite &= np.isfinite(log_density)  # an overflow: −∞ is kept for rows outside the support
+    broken = ~finite & (status == Status.OK)
     status[broken] = Status.NONFINITE
     failed = status != Status.OK
     value[failed] = np.nan

@@ -133,7 +133,7 @@ def _silu_slope(s: Tensor, h: Tensor) -> Tensor:
 
 
 def _softplus(a: Tensor) -> tuple[Tensor, Saved]:
-    return nn.functional.softplus(a), (a,)
+    return torch.relu(a) + torch.log(1 + torch.exp(-a.abs())), (a,)  # ONNX Runtime has no float64 Softplus
 
 
 def _softplus_slope(a: Tensor) -> Tensor:

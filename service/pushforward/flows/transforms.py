@@ -55,7 +55,7 @@ class Standardize(Transform):
 
     def __init__(self, mean: Tensor, scale: Tensor) -> None:
         super().__init__()
-        if bool((scale <= 0).any()):
+        if not bool((scale > 0).all()):
             raise ValueError("every scale must be positive")
         self.dim = mean.numel()
         self.register_buffer("mean", mean.double().reshape(1, -1))
@@ -100,10 +100,12 @@ class Log(Transform):
     """z = log(x − lower) for the chosen features, which live above ``lower``; the others pass."""
 
     chosen: Tensor
+    lower: Tensor
 
     def __init__(self, dim: int, features: Sequence[int], lower: float = 0.0) -> None:
         super().__init__()
-        self.dim, self.lower = dim, lower
+        self.dim = dim
+        self.register_buffer("lower", torch.tensor([[lower]], dtype=torch.float64))
         self.register_buffer("chosen", _one_hot(dim, features))
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -123,18 +125,20 @@ class Logit(Transform):
     """z = log(u / (1 − u)), u = (x − lower) / (upper − lower), for the chosen features; the others pass."""
 
     chosen: Tensor
+    lower: Tensor
+    width: Tensor
     log_width: Tensor
 
     def __init__(self, dim: int, features: Sequence[int], lower: float = 0.0, upper: float = 1.0) -> None:
         super().__init__()
         if not lower < upper:
             raise ValueError(f"lower must be below upper, not {lower} and {upper}")
-        self.dim, self.lower, self.width = dim, lower, upper - lower
+        self.dim = dim
+        self.register_buffer("lower", torch.tensor([[lower]], dtype=torch.float64))
+        self.register_buffer("width", torch.tensor([[upper - lower]], dtype=torch.float64))
         chosen = _one_hot(dim, features)
         self.register_buffer("chosen", chosen)
-        self.register_buffer(
-            "log_width", chosen.double().sum() * torch.tensor(self.width).double().log(), persistent=False
-        )
+        self.register_buffer("log_width", chosen.double().sum() * self.width.log(), persistent=False)
 
     def encode(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """See the class."""
@@ -150,8 +154,9 @@ class Logit(Transform):
         """See the class."""
         chosen = torch.where(self.chosen, z, 0.0)
         u = _padded(torch.sigmoid, chosen)
-        v = _padded(torch.sigmoid, -chosen)
-        slope = torch.where(self.chosen, -(_padded(torch.log, u) + _padded(torch.log, v)), 0.0)
+        # −log u − log(1 − u) = |z| + 2 log(1 + e^−|z|), which no z can make infinite
+        far = chosen.abs()
+        slope = torch.where(self.chosen, far + 2 * _padded(torch.log, 1 + _padded(torch.exp, -far)), 0.0)
         return torch.where(self.chosen, u * self.width + self.lower, z), _sum(slope) - self.log_width
 
 

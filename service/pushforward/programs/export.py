@@ -15,6 +15,7 @@ from __future__ import annotations
 import copy
 import logging
 import os
+import shutil
 import tempfile
 import warnings
 from collections.abc import Callable
@@ -84,10 +85,18 @@ def export_programs(
         name: str, module: nn.Module, inputs: list[Tensor], names: list[str], outputs: list[str]
     ) -> None:
         files[name] = f"{name}.onnx"
-        if flow.field.exactness in ("reverse_mode", "hutchinson") and "_density_" in name:
-            # torch.export cannot see through autograd; tracing first leaves plain operators
-            module = make_fx(module, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs)
-        _export(module, inputs, names, outputs, folder / files[name])
+        try:
+            if flow.field.exactness in ("reverse_mode", "hutchinson") and "_density_" in name:
+                # torch.export cannot see through autograd; tracing first leaves plain operators
+                module = make_fx(module, tracing_mode="symbolic", _allow_non_fake_inputs=True)(*inputs)
+            _export(module, inputs, names, outputs, folder / files[name])
+        except (NotImplemented, OSError):
+            raise
+        except Exception as error:
+            raise PublishFailed(
+                "The field cannot be turned into an ONNX program: it must be tensor operations only, "
+                f"without Python branches on values. {type(error).__name__}: {str(error).splitlines()[0]}"
+            ) from error
         advance(name)
 
     transform = flow.transform.double()
@@ -146,6 +155,7 @@ def _export(
         # loading does not repeat it and the file holds what runs.  "Basic" keeps to standard operators.
         options = onnxruntime.SessionOptions()
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_BASIC
-        options.optimized_model_filepath = str(path)
+        options.optimized_model_filepath = optimized = os.path.join(temporary, "optimized.onnx")
         options.log_severity_level = 3
         onnxruntime.InferenceSession(plain, options, providers=["CPUExecutionProvider"])
+        shutil.copyfile(optimized, path)  # by Python, which reports a full disk as one

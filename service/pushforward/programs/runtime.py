@@ -35,6 +35,8 @@ class Program:
         options.inter_op_num_threads = 1
         options.enable_cpu_mem_arena = False
         options.log_severity_level = 4
+        # a graph from memory would otherwise look for external data in the working folder
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", "/dev/null")
         try:
             self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except Exception as error:

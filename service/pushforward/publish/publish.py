@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -112,6 +113,21 @@ def publish(
         adaptive = ", ".join(m.name for m in METHODS.values() if m.adaptive)
         raise InvalidInput(f"method must be one of {adaptive}, not {method!r}", where="method")
     check_name(name)
+    if set(features) & set(context_features):
+        raise InvalidInput("context_features must be different from features", where="context_features")
+    if transform is not None and transform.dim != x.shape[1]:
+        raise InvalidInput(
+            f"the transform is made for {transform.dim} features, the rows have {x.shape[1]}",
+            where="transform",
+        )
+    if not (math.isfinite(t_base) and math.isfinite(t_data) and t_base != t_data):
+        raise InvalidInput(
+            f"t_base and t_data must be different finite times, not {t_base} and {t_data}", where="t_data"
+        )
+    if tolerance is not None and not tolerance > 0:
+        raise InvalidInput(f"tolerance must be positive, not {tolerance}", where="tolerance")
+    if probes is not None and probes < 1:
+        raise InvalidInput(f"probes must be at least 1, not {probes}", where="probes")
     advance("reading the field")
     exact = recognise(field, x.shape[1], len(context_features))
     chosen = exact if probes is None else Hutchinson(exact, probes)

@@ -72,13 +72,16 @@ class Step(nn.Module):
 
     weights: Tensor
     tile: Tensor
-    nodes: Tensor
+    remainders: Tensor
     mean: Tensor
+    safety: Tensor
+    shrink: Tensor
+    merge: Tensor
+    floor: Tensor
 
     def __init__(self, field: VectorField, tableau: Tableau, divergence: bool, interval: float = 1.0) -> None:
         super().__init__()
         self.field, self.tableau, self.divergence = field, tableau, divergence
-        self.floor = FLOOR * interval
         dim, stages = field.dim, tableau.stages
         dtype = next(field.parameters()).dtype
         eye = torch.eye(dim, dtype=dtype)
@@ -89,7 +92,13 @@ class Step(nn.Module):
             self.register_buffer(f"column_{j}", torch.cat([weight * eye for weight in column], 1))
             self._columns.append(f"column_{j}")
         self.register_buffer("tile", torch.cat([eye] * stages + [0 * eye], 1))
-        self.register_buffer("nodes", torch.tensor([tableau.c[1:]], dtype=torch.float64))
+        self.register_buffer(
+            "remainders", (1.0 - torch.tensor([tableau.c[1:]], dtype=torch.float64)).clamp(min=0.0)
+        )
+        # tensors, because a Python number in the graph is rounded to float32 on the way to ONNX
+        limits = {"safety": SAFETY, "shrink": SHRINK, "merge": MERGE, "floor": FLOOR * interval}
+        for name, value in limits.items():
+            self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
         self.register_buffer("mean", torch.full((dim, 1), 1 / dim, dtype=dtype))
         last = [0.0] * stages + [1.0]
         weights = torch.tensor([(*tableau.b, 0.0), error, last], dtype=torch.float64).T
@@ -106,11 +115,13 @@ class Step(nn.Module):
         dtype = state.dtype
 
         remaining = t_end - t
-        final = (remaining / dt) <= MERGE
+        final = (remaining / dt) <= self.merge
         h = torch.where(final, remaining, dt)
         t_next = torch.where(final, t_end, t + h)
 
-        times = (t + h * self.nodes).to(dtype).T.reshape(-1, 1)  # stage after stage
+        times = (
+            (t_next - h * self.remainders).to(dtype).T.reshape(-1, 1)
+        )  # stage after stage; c = 1 is t_next itself
         repeated = None if context is None else context.to(dtype).repeat(stages, 1)
         conditions = [torch.split(c, [rows] * stages) for c in field.condition(times, repeated)]
 
@@ -142,9 +153,11 @@ class Step(nn.Module):
         ratio = torch.where(finite, ratio, HUGE)
         accept = ratio < 1.0
         if self.tableau.adaptive:
-            factor = torch.minimum((SAFETY / _power(ratio, self.tableau.exponent)).clamp(min=SHRINK), cap)
+            factor = torch.minimum(
+                torch.maximum(self.safety / _power(ratio, self.tableau.exponent), self.shrink), cap
+            )
         else:
-            factor = torch.where(accept, 1.0, SHRINK)
+            factor = torch.where(accept, 1.0, self.shrink)
         dt_next, attempts = h * factor, attempts + 1.0
         spent = torch.where(attempts >= max_steps, 1.0 * Stop.MAX_STEPS, 1.0 * Stop.RUNNING)
         stuck = torch.where(finite, 1.0 * Stop.STEP_UNDERFLOW, 1.0 * Stop.NONFINITE)

@@ -12,10 +12,41 @@ estimate the local error of y₁ as h Σ eᵢ kᵢ over those s + 1 stages.
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 __all__ = ["METHODS", "Tableau"]
+
+
+Tree = tuple["Tree", ...]
+"""A rooted tree, as the sorted tuple of its root's branches; each is one order condition (Butcher 1963)."""
+
+
+@functools.cache
+def _trees(order: int) -> frozenset[Tree]:
+    """All rooted trees of ``order`` nodes: the smaller ones with a leaf added anywhere."""
+
+    def grown(tree: Tree) -> Iterator[Tree]:
+        yield tuple(sorted([*tree, ()]))
+        for i, branch in enumerate(tree):
+            yield from (tuple(sorted([*tree[:i], more, *tree[i + 1 :]])) for more in grown(branch))
+
+    return frozenset({()} if order == 1 else (more for tree in _trees(order - 1) for more in grown(tree)))
+
+
+def _nodes(tree: Tree) -> int:
+    return 1 + sum(map(_nodes, tree))
+
+
+def _density(tree: Tree) -> int:
+    """γ: its nodes, times the γ of its branches."""
+    return _nodes(tree) * math.prod(map(_density, tree))
+
+
+def _dot(weights: Sequence[float], values: Sequence[float]) -> float:
+    return math.fsum(w * v for w, v in zip(weights, values, strict=False))
 
 
 @dataclass(frozen=True)
@@ -53,21 +84,22 @@ class Tableau:
 
         if [len(row) for row in self.a] != list(range(1, len(self.b))):
             raise ValueError(f"tableau {self.name}: a must have rows of length 1 … {len(self.b) - 1}")
-        c, b = self.c[:-1], self.b
-        for power in range(self.order):  # quadrature: Σ bᵢ cᵢ^q = 1 / (q + 1)
-            check(
-                math.fsum(w * x**power for w, x in zip(b, c, strict=True)) - 1 / (power + 1), f"Σ b c^{power}"
-            )
-        inner = [math.fsum(x * y for x, y in zip(row, c, strict=False)) for row in ((), *self.a)]
-        if self.order >= 3:  # the first condition that quadrature does not imply: Σ bᵢ aᵢⱼ cⱼ = 1/6
-            check(math.fsum(w * x for w, x in zip(b, inner, strict=True)) - 1 / 6, "Σ b a c")
-        if self.order >= 4:
-            check(math.fsum(w * x * y for w, x, y in zip(b, c, inner, strict=True)) - 1 / 8, "Σ b c a c")
-        if self.e:
-            if len(self.e) != len(b) + 1:
-                raise ValueError(f"tableau {self.name}: e must have {len(b) + 1} entries, has {len(self.e)}")
-            for power in range(round(1 / self.exponent) - 1):
-                check(math.fsum(w * x**power for w, x in zip(self.e, self.c, strict=True)), f"Σ e c^{power}")
+        if self.e and len(self.e) != len(self.b) + 1:
+            raise ValueError(f"tableau {self.name}: e must have {len(self.b) + 1} entries, has {len(self.e)}")
+        rows = ((), *self.rows)
+
+        def elementary(tree: Tree) -> list[float]:
+            """Φ of a tree at every stage: the product over its branches of Σ aᵢⱼ Φⱼ."""
+            inner = [elementary(branch) for branch in tree]
+            return [math.prod(_dot(row, values) for values in inner) for row in rows]
+
+        estimated = round(1 / self.exponent) - 1 if self.e else 0
+        for order in range(1, self.order + 1):
+            for tree in _trees(order):
+                values = elementary(tree)
+                check(_dot(self.b, values) - 1 / _density(tree), f"Σ b Φ of {tree}")
+                if order <= estimated:
+                    check(_dot(self.e, values), f"Σ e Φ of {tree}")
 
     @property
     def c(self) -> tuple[float, ...]:

@@ -113,7 +113,7 @@ def _names(names: Iterable[str]) -> tuple[str, ...]:
     return tuple(str(name).replace(" ", "_") for name in names)
 
 
-TWO_D = Recipe(hidden=(128, 128), gate=True, sharpness=3.0, steps=8000, learning_rate=5e-3, noise=0.02)
+TWO_D = Recipe(hidden=(128, 128), gate=True, sharpness=6.0, steps=8000, learning_rate=5e-3, noise=0.02)
 SMALL = Recipe(hidden=(64, 64), steps=800, average=0.99, noise=0.1)
 GENERATED = {"source": "generated", "licence": "none needed"}
 
