@@ -208,7 +208,8 @@ def from_code(code: str, message: str, detail: Mapping[str, Any] | None = None) 
     >>> from_code("not-found", "There is no model 'moon'.", {"known": ["moons"]}).known
     ['moons']
     """
-    kinds = {kind.code: kind for kind in PushforwardError.__subclasses__()}
+    # a subclass without a code of its own (of another room) is not what its parent's code means
+    kinds = {kind.code: kind for kind in PushforwardError.__subclasses__() if "code" in vars(kind)}
     return kinds.get(code, PushforwardError)(message, detail=detail)
 
 
