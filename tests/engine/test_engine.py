@@ -10,7 +10,7 @@ import torch
 from tests.problems import FLOWS, ExportedModel, chunk, exported
 
 from pushforward.engine.engine import Engine, Model
-from pushforward.engine.request import Answer, Chunk, Kind, Status
+from pushforward.engine.request import ADVICE, Answer, Chunk, Kind, Status
 from pushforward.noise import standard_normal
 from pushforward.solvers.solve import integrate
 from pushforward.solvers.state import Clock
@@ -289,6 +289,28 @@ def test_deadlines_are_those_of_the_clock(model: ExportedModel) -> None:
 
 
 # --------------------------------------------------------------------------------------- rows that fail
+
+
+@pytest.mark.parametrize("precision", ["float32", "float64"])
+def test_every_failure_has_its_status_and_its_neighbours_do_not_notice(precision: str) -> None:
+    model = exported("foreign3")
+    x, context = model.points(Kind.DECODE, 7)
+    assert context is not None
+    alone = model.solve(Kind.DECODE, x, context, precision=precision, tolerance=1e-4)
+    context[[1, 3, 5], 0] = (10, 20, 30)
+    answer = model.solve(Kind.DECODE, x, context, precision=precision, tolerance=1e-4, max_steps=300)
+    failures = [Status.STEP_UNDERFLOW, Status.NONFINITE, Status.MAX_STEPS]
+    assert answer.status[[1, 3, 5]].tolist() == failures
+    assert answer.steps[5] == 300
+    assert answer.t[3] == pytest.approx(0.5, abs=1e-5)
+    assert 0 < answer.t[1] < 1
+    for part in ("value", "log_density", "steps", "error_estimate"):
+        ours, theirs = getattr(answer, part), getattr(alone, part)
+        assert ours[[0, 2, 4, 6]].tobytes() == theirs[[0, 2, 4, 6]].tobytes()
+    assert np.isnan(answer.value[[1, 3, 5]]).all()
+    assert np.isnan(answer.log_density[[1, 3, 5]]).all()
+    np.testing.assert_array_equal(answer.nfe, 1 + answer.steps * model.stages)
+    assert all(ADVICE[status] for status in failures)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf, 1e200], ids=str)

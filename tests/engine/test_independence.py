@@ -181,3 +181,17 @@ def test_a_crowd_of_every_size_and_its_shuffles(name: str, kind: Kind) -> None:
         engine.submit(make(name, "crowd", here, rows))
         found = [answer for _ in range(10_000) if engine.busy for answer in engine.step()]
         assert [told(found[0], place) for place in range(size)] == [solo(name, here, row)[0] for row in rows]
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_the_bank_is_what_it_is_taken_for(name: str) -> None:
+    # ordinary rows arrive, with different numbers of steps, and poison does poison
+    for kind in Kind:
+        for precision in ("float32", "float64"):
+            here = Settings(kind, True, precision, 1e-5, None, 1000)
+            status = [solo(name, here, row)[0][-1][0] for row in range(ORDINARY + POISON)]
+            assert set(status[:ORDINARY]) == {Status.OK}
+            assert name == "linear3" or len({solo(name, here, row)[1] for row in range(ORDINARY)}) > 1
+            assert status[ORDINARY] in (Status.NONFINITE, Status.OUTSIDE_SUPPORT)
+            if name == "foreign3":
+                assert status[-3:] == [Status.STEP_UNDERFLOW, Status.NONFINITE, Status.MAX_STEPS]

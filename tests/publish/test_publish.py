@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -103,6 +104,18 @@ def test_the_certificate_is_true(version: int) -> None:
     assert answer.steps.max() <= certificate.steps_max
 
 
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_tolerance_is_the_loosest_that_keeps_the_bound(version: int) -> None:
+    model = load_model(published() / "blobs" / str(version))
+    solver = model.manifest.solver
+    assert solver.rtol == solver.atol == solver.logp_atol / 10 < 1e-3
+    x, c = blobs(2000)
+    expected, _ = log_density(exact_flow(version), torch.from_numpy(x), torch.from_numpy(c))
+    looser = replace(default_chunk(solver, x, c), rtol=10 * solver.rtol, atol=10 * solver.atol, logp_atol=1.0)
+    error = np.abs(run_chunk(model, looser).log_density - expected.numpy())
+    assert np.quantile(error, 0.999) > 5e-4  # half the bound: what publishing asks of the rows it measures
+
+
 def test_the_first_steps_are_worth_their_tuning() -> None:
     model = load_model(published() / "blobs" / "1")
     x, c = blobs(100)
@@ -167,6 +180,23 @@ def unbounded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, nn.Module
         tolerance=1e-2,
     )
     return store, field
+
+
+def test_a_foreign_field_is_published_with_rows_outside_its_support(
+    unbounded: tuple[Path, nn.Module],
+) -> None:
+    store, field = unbounded
+    model = load_model(store / "deep" / "1")
+    assert model.manifest.divergence == "reverse_mode"
+    assert model.manifest.features == ["x0", "x1"]
+    answer = run_chunk(model, default_chunk(model.manifest.solver, LOGNORMAL, None))
+    assert np.isneginf(answer.log_density[::4]).all()
+    flow = Flow(Wrapped(field.double(), 2), Log(2, [0]), 1.0, 0.0)
+    expected, _ = log_density(flow, torch.from_numpy(LOGNORMAL))
+    inside = np.arange(80) % 4 > 0
+    error = np.abs(answer.log_density[inside] - expected.numpy()[inside])
+    assert error.max() <= model.manifest.certificate.max + 1e-7
+    assert np.isneginf(Calibration.load(model.folder / "calibration.safetensors").log_density[:20]).all()
 
 
 def test_a_tolerance_that_is_asked_for_is_taken_and_its_error_is_told(

@@ -123,6 +123,7 @@ def test_an_npz_is_labelled_by_y_and_conditioned_by_column(tmp_path, rng):
     manifest = run(path, "table", tmp_path / "store", context=["x1"], options=QUICK, console=console())
     assert manifest.features == ["x0"]
     assert manifest.context_features == ["x1"]
+    assert manifest.metrics["c2st_accuracy"] > 0.3  # far below ½ it would have seen twins of equal context
     assert manifest.metrics["auroc"] > 0.95
 
 

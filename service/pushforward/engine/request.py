@@ -36,7 +36,7 @@ class Status(IntEnum):
 
 ADVICE: dict[Status, str] = {
     Status.OK: "",
-    Status.MAX_STEPS: "the row used up its steps on the way: loosen the tolerances, or use more max_steps",
+    Status.MAX_STEPS: "the row used up its steps on the way: loosen rtol and atol, or raise max_steps",
     Status.STEP_UNDERFLOW: "the step shrank to nothing: loosen rtol and atol, or ask for precision float64",
     Status.NONFINITE: "the vector field became infinite or NaN: the row lies too far from the model's data",
     Status.OUTSIDE_SUPPORT: "the model's transform gives this row no density (log-density −∞)",

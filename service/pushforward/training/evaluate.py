@@ -171,14 +171,21 @@ def figures(flow: Flow, parts: Parts, train_rows: Array, held_out: Array, seed: 
         normal = log_density(flow, parts.held_out.rows, test_context)
         anomalous = log_density(flow, parts.anomalies.rows, parts.anomalies.context)
         metrics["auroc"], metrics["average_precision"] = ranking(normal, anomalous)
-    drawn = sample(flow, min(C2ST_ROWS, len(held_out)), _head(test_context), seed=seed)
-    a, b = (
-        rows if test_context is None else np.concatenate([rows, test_context[: len(rows)]], 1)
-        for rows in (drawn, held_out[: len(drawn)])
-    )
-    metrics["c2st_accuracy"], metrics["c2st_standard_error"] = c2st(a, b, seed)
+    drawn, rows = _to_compare(flow, held_out, test_context, seed)
+    metrics["c2st_accuracy"], metrics["c2st_standard_error"] = c2st(drawn, rows, seed)
     return metrics
 
 
-def _head(context: Array | None) -> Array | None:
-    return None if context is None else context[:C2ST_ROWS]
+def _to_compare(flow: Flow, held_out: Array, context: Array | None, seed: int) -> tuple[Array, Array]:
+    """Samples and held-out rows, equally many.
+
+    With context, both are joined with theirs, and samples get the contexts of the rows that are not compared:
+    a context that occurred once on each side would tell a classifier the label of its twin.
+    """
+    if context is None:
+        rows = held_out[:C2ST_ROWS]
+        return sample(flow, len(rows), seed=seed), rows
+    rows, given = held_out[0::2][:C2ST_ROWS], context[0::2][:C2ST_ROWS]
+    others = context[1::2][:C2ST_ROWS]
+    drawn = sample(flow, len(others), others, seed=seed)
+    return np.concatenate([drawn, others], 1), np.concatenate([rows, given], 1)
