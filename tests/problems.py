@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import atexit
 import functools
 import itertools
 import math
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,9 +15,9 @@ import torch
 from numpy.typing import NDArray
 from scipy.integrate import RK45
 from scipy.linalg import expm
+from tests.shared import being_filled, once, side_by_side
 from torch import Tensor, nn
 
-import pushforward
 from pushforward.engine.request import Answer, Chunk, Kind
 from pushforward.flows.fields import MLP, Linear, Sum, VectorField, Wrapped, planar
 from pushforward.flows.flow import Flow
@@ -115,11 +109,10 @@ class Troubled(Foreign):
         ordinary, (c,) = super().forward(t, z, *c), c
         blow_up = 5 * (1 + z * z)
         expire = z * torch.sqrt(torch.where(c == 20, 0.5 - t, 1.0))
-        # in numbers that every kernel computes alike; no long step is a multiple of their period, nor passes
-        # for accurate by chance
-        teeth = 989.875 * t
-        jumps = 500 * (teeth - torch.floor(teeth) - 0.5) + 0 * z
-        other = torch.where(c == 10, blow_up, torch.where(c == 20, expire, jumps))
+        # z × (1, 1, 1), ten thousand times as fast as all the rest: every step of a round of it must be short
+        next_, previous = (torch.cat([z[:, k:], z[:, :k]], 1) for k in (1, 2))
+        endless = 1e4 * (next_ - previous)
+        other = torch.where(c == 10, blow_up, torch.where(c == 20, expire, endless))
         return torch.where(c < 10, ordinary, other)
 
 
@@ -276,16 +269,25 @@ def _flows() -> dict[str, tuple[Callable[[], Flow], str]]:
 FLOWS = _flows()
 
 
-class ExportedModel:
-    """The programs of a flow, as the engine sees a model."""
+def programs_of(name: str) -> Path:
+    """The folder with the programs of a flow of ``FLOWS``, exported once a run."""
+    flow, method = FLOWS[name]
+    return once(name, lambda folder: export_programs(flow(), METHODS[method], folder))
 
-    def __init__(self, flow: Flow, method: str) -> None:
+
+class ExportedModel:
+    """The programs of a flow of ``FLOWS``, as the engine sees a model."""
+
+    def __init__(self, name: str) -> None:
+        make, method = FLOWS[name]
+        flow = make()
         self.flow, self.method = flow, method
         self.t_base, self.t_data, self.stages = flow.t_base, flow.t_data, METHODS[method].stages
         self.dt_data_to_base = self.dt_base_to_data = 0.1
-        with tempfile.TemporaryDirectory() as folder:
-            files = export_programs(flow, METHODS[method], Path(folder))
-            self.data = {name: (Path(folder) / file).read_bytes() for name, file in files.items()}
+        for other in FLOWS:  # rather than wait for another process, export what will be needed next
+            if other != name and being_filled(name):
+                programs_of(other)
+        self.data = {path.stem: path.read_bytes() for path in programs_of(name).iterdir()}
         self._programs = {name: Program(data, name) for name, data in self.data.items()}
 
     def program(self, name: str) -> Program:
@@ -320,11 +322,10 @@ def chunk(id: str, kind: Kind, rows: Array, context: Array | None = None, **sett
 
 @functools.cache
 def exported(name: str) -> ExportedModel:
-    """A flow of ``FLOWS``, exported once a run, its batches padded as far as this machine needs it."""
-    flow, method = FLOWS[name]
-    model = ExportedModel(flow(), method)
+    """A flow of ``FLOWS``, its batches padded as far as this machine needs it."""
+    model = ExportedModel(name)
     rows, context = model.points(Kind.ENCODE, 32)
-    for multiple in BATCH_MULTIPLES:
+    for multiple in BATCH_MULTIPLES["cpu"]:
         model.pad(multiple)
         same = True
         for precision in ("float32", "float64"):
@@ -371,27 +372,7 @@ def blobs(rows: int) -> tuple[Array, Array]:
     return random.normal(size=(rows, 2)) * [1.0, 3.0] + 2 * c, c
 
 
-@functools.cache
 def published() -> Path:
-    """A store to which two processes published ``blobs`` at the same time; it goes when the run ends."""
-    folder = tempfile.mkdtemp(prefix="pushforward-tests-")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    store = Path(folder) / "store"
+    """A store to which two processes published ``blobs`` at the same time."""
     program = "import sys, tests.problems; tests.problems.publish_blobs(sys.argv[1], int(sys.argv[2]))"
-    processes = [python(program, str(store), str(seed)) for seed in (1, 2)]
-    for process in processes:
-        _, errors = process.communicate()
-        assert process.returncode == 0, errors
-    return store
-
-
-def python(program: str, *arguments: str) -> subprocess.Popen[str]:
-    """A Python process that can import the project and its tests."""
-    paths = [str(Path(pushforward.__file__).parents[1]), str(Path(__file__).parents[1])]
-    return subprocess.Popen(
-        [sys.executable, "-c", program, *arguments],
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(paths)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    return once("blobs", lambda store: side_by_side(program, [(str(store), "1"), (str(store), "2")]))

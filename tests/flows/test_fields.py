@@ -109,18 +109,17 @@ def test_rows_stand_for_themselves_and_a_number_is_a_time_for_all(name: str) -> 
 
 
 @pytest.mark.parametrize("name", FIELDS)
-def test_stages_below_one_another_give_the_divergences_of_each(name: str) -> None:
+def test_stages_beside_one_another_give_the_divergences_of_each(name: str) -> None:
     # as a step uses a field: conditions of all stages at once, stage by stage, divergences of all at once
     field = made(name)
     t, z, c = inputs(field, 3 * ROWS)
-    conditions = [part.split([ROWS] * 3) for part in field.condition(t, c)]
-    values, saved = zip(
-        *(field.stage(part, tuple(cond[i] for cond in conditions)) for i, part in enumerate(z.split(ROWS))),
-        strict=True,
-    )
-    divergences = field.divergence(tuple(torch.cat(parts) for parts in zip(*saved, strict=True)))
+    conditions = field.condition(t, c)
+    stages = zip(z.view(ROWS, 3, -1).unbind(1), field.apart(conditions, 3), strict=True)
+    values, saved = zip(*(field.stage(*given) for given in stages), strict=True)
+    kept = torch.cat([part for parts in saved for part in parts], 1).view(3 * ROWS, -1)
+    divergences = field.divergence(kept, conditions)
     expected = field.with_divergence(t, z, c)
-    torch.testing.assert_close(torch.cat(values), expected[0], rtol=0, atol=1e-13)
+    torch.testing.assert_close(torch.stack(values, 1).flatten(0, 1), expected[0], rtol=0, atol=1e-13)
     torch.testing.assert_close(divergences, expected[1], rtol=0, atol=1e-13)
 
 

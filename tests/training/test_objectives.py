@@ -18,6 +18,7 @@ class ToPoint(VectorField):
     def __init__(self, point):
         super().__init__()
         self.point, self.dim, self.context_dim, self.exactness = point, len(point), 0, "closed_form"
+        self.condition_widths, self.saved_widths = ((1,),), (1,)
 
     def condition(self, t, c):
         return (t,)
@@ -27,8 +28,8 @@ class ToPoint(VectorField):
         slope = -(1 - SIGMA) / (1 - (1 - SIGMA) * t)
         return self.point + slope * (z - t * self.point), (slope,)
 
-    def divergence(self, saved):
-        return self.dim * saved[0]
+    def divergence(self, saved, conditions):
+        return self.dim * saved
 
 
 def test_flow_matching_is_zero_at_the_exact_field_and_not_beside_it():

@@ -5,7 +5,9 @@ The staged protocol is what a Runge–Kutta step uses: a step knows the times of
 everything that depends on time and context only is computed once for all of them (``condition``); ``stage``
 evaluates the field and keeps what the divergence needs; ``divergence`` turns what all stages kept into all
 their divergences at once.  At one row this makes a step several times cheaper, because its cost is the number
-of operations, not their size.
+of operations, not their size.  For the same reason what depends on time, and what is kept, travel side by
+side in few wide matrices (``condition_widths``, ``saved_widths`` say what their columns are): one operation
+makes them, one splits them.
 
 Shapes: n rows, D features, C context features.  t is [n, 1], z is [n, D], c is [n, C] or None.  The rows may
     be
@@ -17,6 +19,7 @@ features are matrix products, and element-wise functions act on widths that are 
 
 from __future__ import annotations
 
+import functools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
@@ -31,7 +34,7 @@ __all__ = ["MLP", "Hutchinson", "Linear", "Sum", "VectorField", "Wrapped", "plan
 WIDTH_MULTIPLE = 16  # one AVX-512 register of float32: element-wise kernels never meet a remainder
 
 Exactness = Literal["closed_form", "forward_mode", "reverse_mode", "hutchinson"]
-Conditions = tuple[Tensor, ...]
+Conditions = Sequence[Tensor]
 Saved = tuple[Tensor, ...]
 
 
@@ -43,32 +46,47 @@ class VectorField(nn.Module, ABC):
         context_dim: C; 0 for an unconditional field.
         exactness: how the divergence is computed: ``closed_form``, ``forward_mode``,
             ``reverse_mode`` or ``hutchinson``.
+        condition_widths: of each matrix that ``condition`` makes, the columns that belong together.
+        saved_widths: columns of each matrix that a stage saves.
     """
 
     dim: int
     context_dim: int
     exactness: Exactness
+    condition_widths: tuple[tuple[int, ...], ...]
+    saved_widths: tuple[int, ...]
 
     @abstractmethod
     def condition(self, t: Tensor, c: Tensor | None) -> Conditions:
-        """All that depends on time [n, 1] and context [n, C] only; each tensor has n rows."""
+        """All that depends on time [n, 1] and context [n, C] only, in matrices [n, ·]."""
 
     @abstractmethod
     def stage(self, z: Tensor, conditions: Conditions) -> tuple[Tensor, Saved]:
-        """The field at z [n, D], and what ``divergence`` needs of this evaluation."""
+        """The field at z [n, D] under conditions that are taken apart, and what ``divergence`` needs."""
 
     @abstractmethod
-    def divergence(self, saved: Saved) -> Tensor:
-        """tr(∂f/∂z) [n, 1] of the evaluations that ``stage`` saved."""
+    def divergence(self, saved: Tensor, conditions: Conditions) -> Tensor:
+        """tr(∂f/∂z) [n, 1] of evaluations under these conditions; what they saved is side by side."""
+
+    def apart(self, conditions: Conditions, stages: int = 1) -> list[tuple[Tensor, ...]]:
+        """The parts of conditions for every stage, when the rows of a problem's stages follow each other."""
+        parts: list[tuple[Tensor, ...]] = [()] * stages
+        for matrix, widths in zip(conditions, self.condition_widths, strict=True):
+            columns = torch.split(matrix.view(-1, stages * sum(widths)), [*widths] * stages, 1)
+            for stage in range(stages):
+                parts[stage] += columns[stage * len(widths) : (stage + 1) * len(widths)]
+        return parts
 
     def forward(self, t: Tensor | float, z: Tensor, c: Tensor | None = None) -> Tensor:
         """f(t, z, c) [n, D]; t is a number or one per row."""
-        return self.stage(z, self.condition(_column(t, z), c))[0]
+        conditions = self.condition(_column(t, z), c)
+        return self.stage(z, self.apart(conditions)[0])[0]
 
     def with_divergence(self, t: Tensor | float, z: Tensor, c: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """f(t, z, c) [n, D] and tr(∂f/∂z) [n, 1]."""
-        value, saved = self.stage(z, self.condition(_column(t, z), c))
-        return value, self.divergence(saved)
+        conditions = self.condition(_column(t, z), c)
+        value, saved = self.stage(z, self.apart(conditions)[0])
+        return value, self.divergence(torch.cat(saved, 1), conditions)
 
 
 def _column(t: Tensor | float, z: Tensor) -> Tensor:
@@ -100,7 +118,7 @@ class FourierTime(nn.Module):
 
     def forward(self, t: Tensor) -> Tensor:
         """[n, 1] → [n, 16]."""
-        return torch.sin(t * self.frequency + self.phase)
+        return torch.sin(torch.addmm(self.phase, t, self.frequency))
 
 
 class PlainTime(nn.Module):
@@ -113,38 +131,32 @@ class PlainTime(nn.Module):
         return t
 
 
-def _tanh(a: Tensor) -> tuple[Tensor, Saved]:
+def _tanh(a: Tensor) -> tuple[Tensor, Tensor]:
     h = torch.tanh(a)
-    return h, (h,)
+    return h, h
 
 
 def _tanh_slope(h: Tensor) -> Tensor:
     return 1 - h * h
 
 
-def _silu(a: Tensor) -> tuple[Tensor, Saved]:
-    s = torch.sigmoid(a)
-    h = a * s
-    return h, (s, h)
+def _silu(a: Tensor) -> tuple[Tensor, Tensor]:
+    return a * torch.sigmoid(a), a
 
 
-def _silu_slope(s: Tensor, h: Tensor) -> Tensor:
-    return s + h * (1 - s)
+def _silu_slope(a: Tensor) -> Tensor:
+    return torch.sigmoid(a) * (1 + a * torch.sigmoid(-1 * a))  # one ONNX Runtime node for a σ(−1 a)
 
 
-def _softplus(a: Tensor) -> tuple[Tensor, Saved]:
-    return torch.relu(a) + torch.log(1 + torch.exp(-a.abs())), (a,)  # ONNX Runtime has no float64 Softplus
+def _softplus(a: Tensor) -> tuple[Tensor, Tensor]:
+    return torch.relu(a) + torch.log(1 + torch.exp(-a.abs())), a  # ONNX Runtime has no float64 Softplus
 
 
-def _softplus_slope(a: Tensor) -> Tensor:
-    return torch.sigmoid(a)
-
-
-# name: (a → σ(a) and what its slope needs, those → σ'(a))
-ACTIVATIONS: dict[str, tuple[Callable[[Tensor], tuple[Tensor, Saved]], Callable[..., Tensor]]] = {
+# name: (a → σ(a) and what its slope needs, that → σ'(a))
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], tuple[Tensor, Tensor]], Callable[[Tensor], Tensor]]] = {
     "tanh": (_tanh, _tanh_slope),
     "silu": (_silu, _silu_slope),
-    "softplus": (_softplus, _softplus_slope),
+    "softplus": (_softplus, torch.sigmoid),
 }
 
 
@@ -204,55 +216,71 @@ class MLP(VectorField):
 
     @property
     def matrices(self) -> list[Tensor]:
-        """W₁ … W_L, each [outputs, inputs]."""
-        return [cast(nn.Linear, weight).weight for weight in self.weights]
+        """W₁ … W_L, each [outputs, inputs]; the 2 of a gate is in the matrix that reads what was gated."""
+        first, *others = [cast(nn.Linear, weight).weight for weight in self.weights]
+        return [first, *(2 * weight if self.gate else weight for weight in others)]
 
     @property
     def exactness(self) -> Exactness:  # type: ignore[override]
         """Closed form up to two hidden layers."""
         return "closed_form" if len(self.hidden) <= 2 else "forward_mode"
 
+    @property
+    def saved_widths(self) -> tuple[int, ...]:  # type: ignore[override]
+        """The hidden layers."""
+        return self.hidden
+
+    @property
+    def condition_widths(self) -> tuple[tuple[int, ...], ...]:  # type: ignore[override]
+        """Biases of all layers; gates of the hidden ones."""
+        return ((*self.hidden, self.dim), self.hidden) if self.gate else ((*self.hidden, self.dim),)
+
     def condition(self, t: Tensor, c: Tensor | None) -> Conditions:
-        """The biases of all layers, then the gates of the hidden ones."""
+        """The biases of all layers; half the gates of the hidden ones."""
         features = self.time(t)
         if c is not None:
             features = torch.cat([features, c], 1)
-        biases = tuple(bias(features) for bias in self.biases)
-        return biases + tuple(2 * torch.sigmoid(gate(features)) for gate in self.gates)
+        biases = _beside(self.biases, features)
+        return (biases, torch.sigmoid(_beside(self.gates, features))) if self.gate else (biases,)
 
     def stage(self, z: Tensor, conditions: Conditions) -> tuple[Tensor, Saved]:
         """See the class."""
         activate, _ = ACTIVATIONS[self.activation]
         depth, matrices = len(self.hidden), self.matrices
         gates = conditions[depth + 1 :]
-        saved: Saved = gates
+        saved: list[Tensor] = []
         h = z
         for layer in range(depth):
             h, kept = activate(torch.addmm(conditions[layer], h, matrices[layer].T))
-            saved += kept
+            saved.append(kept)
             if gates:
                 h = h * gates[layer]
-        return torch.addmm(conditions[depth], h, matrices[depth].T), saved
+        return torch.addmm(conditions[depth], h, matrices[depth].T), tuple(saved)
 
-    def divergence(self, saved: Saved) -> Tensor:
+    def divergence(self, saved: Tensor, conditions: Conditions) -> Tensor:
         """See the class."""
         _, slope = ACTIVATIONS[self.activation]
-        depth = len(self.hidden)
-        gates, kept = saved[: len(self.gates)], saved[len(self.gates) :]
-        per_layer = len(kept) // depth
-        slopes = [slope(*kept[layer * per_layer : (layer + 1) * per_layer]) for layer in range(depth)]
-        if gates:
-            slopes = [d * g for d, g in zip(slopes, gates, strict=True)]
+        depth, slopes = len(self.hidden), slope(saved)
+        if self.gate:
+            slopes = slopes * conditions[1]
         first, *inner, last = self.matrices
         if depth == 1:
-            return slopes[0] @ (first * last.T).sum(1, keepdim=True)
+            return slopes @ (first * last.T).sum(1, keepdim=True)
+        outer, *d = torch.split(slopes, [*self.hidden], 1)
         if depth == 2:
             bracket = inner[0].T * (first @ last)  # [h₁, h₂]
-            return ((slopes[0] @ bracket) * slopes[1]) @ first.new_ones(self.hidden[1], 1)
-        tangents = first.T * slopes[0][:, None, :]  # [n, D, h]: row i is ∂h/∂zᵢ
-        for weight, d in zip(inner, slopes[1:], strict=True):
-            tangents = (tangents @ weight.T) * d[:, None, :]
+            return ((outer @ bracket) * d[0]) @ first.new_ones(self.hidden[1], 1)
+        tangents = first.T * outer.unsqueeze(1)  # [n, D, h]: row i is ∂h/∂zᵢ
+        for weight, slopes in zip(inner, d, strict=True):
+            tangents = (tangents @ weight.T) * slopes.unsqueeze(1)
         return (tangents * last).flatten(1) @ first.new_ones(last.numel(), 1)
+
+
+def _beside(layers: nn.ModuleList, x: Tensor) -> Tensor:
+    """The outputs of several linear layers, side by side, by one product."""
+    linear = [cast(nn.Linear, layer) for layer in layers]
+    weight, bias = torch.cat([a.weight for a in linear]), torch.cat([a.bias for a in linear])
+    return nn.functional.linear(x, weight, bias)
 
 
 def planar(dim: int, width: int, context_dim: int = 0) -> MLP:
@@ -273,6 +301,7 @@ class Linear(VectorField):
         self.bias = nn.Linear(self.time.features + context_dim, dim)
         nn.init.zeros_(self.bias.weight)
         nn.init.zeros_(self.bias.bias)
+        self.condition_widths, self.saved_widths = ((dim,),), (1,)
 
     def condition(self, t: Tensor, c: Tensor | None) -> Conditions:
         """The bias."""
@@ -281,11 +310,11 @@ class Linear(VectorField):
 
     def stage(self, z: Tensor, conditions: Conditions) -> tuple[Tensor, Saved]:
         """See the class."""
-        return torch.addmm(conditions[0], z, self.weight.T), (z[:, :1],)
+        return torch.addmm(conditions[0], z, self.weight.T), (z.narrow(1, 0, 1),)
 
-    def divergence(self, saved: Saved) -> Tensor:
+    def divergence(self, saved: Tensor, conditions: Conditions) -> Tensor:
         """Tr A, for every row."""
-        return self.weight.trace().expand(saved[0].shape[0], 1)
+        return self.weight.trace().expand(saved.shape[0], 1)
 
 
 class Sum(VectorField):
@@ -301,40 +330,37 @@ class Sum(VectorField):
         self.exactness = next(
             (k for k in ("hutchinson", "reverse_mode", "forward_mode") if k in kinds), "closed_form"
         )
-        self._conditions: list[int] = []
-        self._saved: list[int] = []
+        self.condition_widths = tuple(widths for field in fields for widths in field.condition_widths)
+        self.saved_widths = tuple(width for field in fields for width in field.saved_widths)
 
     def _typed(self) -> list[VectorField]:
         return [cast(VectorField, field) for field in self.fields]
 
     def condition(self, t: Tensor, c: Tensor | None) -> Conditions:
         """Those of all fields."""
-        parts = [field.condition(t, c) for field in self._typed()]
-        self._conditions = [len(part) for part in parts]
-        return tuple(tensor for part in parts for tensor in part)
+        return tuple(matrix for field in self._typed() for matrix in field.condition(t, c))
 
     def stage(self, z: Tensor, conditions: Conditions) -> tuple[Tensor, Saved]:
         """See the class."""
-        total: Tensor | None = None
-        saved: list[Saved] = []
-        for field, count in zip(self._typed(), self._conditions, strict=True):
+        values: list[Tensor] = []
+        saved: Saved = ()
+        for field in self._typed():
+            count = sum(map(len, field.condition_widths))
             value, kept = field.stage(z, conditions[:count])
             conditions = conditions[count:]
-            total = value if total is None else total + value
-            saved.append(kept)
-        assert total is not None
-        self._saved = [len(kept) for kept in saved]
-        return total, tuple(tensor for kept in saved for tensor in kept)
+            values.append(value)
+            saved += kept
+        return functools.reduce(torch.add, values), saved
 
-    def divergence(self, saved: Saved) -> Tensor:
+    def divergence(self, saved: Tensor, conditions: Conditions) -> Tensor:
         """See the class."""
-        total: Tensor | None = None
-        for field, count in zip(self._typed(), self._saved, strict=True):
-            part = field.divergence(saved[:count])
-            saved = saved[count:]
-            total = part if total is None else total + part
-        assert total is not None
-        return total
+        parts: list[Tensor] = []
+        for field in self._typed():
+            width, count = sum(field.saved_widths), len(field.condition_widths)
+            kept, saved = torch.split(saved, [width, saved.shape[1] - width], 1)
+            parts.append(field.divergence(kept, conditions[:count]))
+            conditions = conditions[count:]
+        return functools.reduce(torch.add, parts)
 
 
 class Wrapped(VectorField):
@@ -353,6 +379,8 @@ class Wrapped(VectorField):
         super().__init__()
         self.module, self.dim, self.context_dim = module, dim, context_dim
         self.register_buffer("eye", torch.eye(dim), persistent=False)
+        self.condition_widths = ((1,), (context_dim,)) if context_dim else ((1,),)
+        self.saved_widths = (dim,)
 
     def condition(self, t: Tensor, c: Tensor | None) -> Conditions:
         """Time and context themselves."""
@@ -362,12 +390,13 @@ class Wrapped(VectorField):
         """See the class."""
         t, *c = conditions
         value: Tensor = self.module(t, z, *c)
-        return value, (z, *conditions)
+        return value, (z,)
 
-    def divergence(self, saved: Saved) -> Tensor:
+    def divergence(self, saved: Tensor, conditions: Conditions) -> Tensor:
         """See the class."""
-        z, t, *c = (part[:, None].expand(-1, self.dim, -1).flatten(0, 1) for part in saved)
-        cotangents = self.eye[None].expand(saved[0].shape[0], -1, -1).flatten(0, 1)
+        repeated = (part[:, None].expand(-1, self.dim, -1).flatten(0, 1) for part in (saved, *conditions))
+        z, t, *c = repeated
+        cotangents = self.eye[None].expand(saved.shape[0], -1, -1).flatten(0, 1)
         diagonal = _pull(lambda y: self.module(t, y, *c), z, cotangents) * cotangents
         return diagonal.reshape(-1, self.dim * self.dim) @ z.new_ones(self.dim * self.dim, 1)
 
@@ -391,6 +420,7 @@ class Hutchinson(VectorField):
         generator = torch.Generator().manual_seed(seed)
         signs = torch.randint(0, 2, (probes, field.dim), generator=generator) * 2.0 - 1.0
         self.register_buffer("probes", signs)
+        self.condition_widths, self.saved_widths = field.condition_widths, (field.dim,)
 
     def condition(self, t: Tensor, c: Tensor | None) -> Conditions:
         """That of the field."""
@@ -398,14 +428,14 @@ class Hutchinson(VectorField):
 
     def stage(self, z: Tensor, conditions: Conditions) -> tuple[Tensor, Saved]:
         """That of the field."""
-        return self.field.stage(z, conditions)[0], (z, *conditions)
+        return self.field.stage(z, conditions)[0], (z,)
 
-    def divergence(self, saved: Saved) -> Tensor:
+    def divergence(self, saved: Tensor, conditions: Conditions) -> Tensor:
         """See the class."""
-        z, conditions = saved[0], saved[1:]
+        z, parts = saved, self.apart(conditions)[0]
         total: Tensor | None = None
         for probe in self.probes:
-            row = _pull(lambda y: self.field.stage(y, conditions)[0], z, probe.expand_as(z))
+            row = _pull(lambda y: self.field.stage(y, parts)[0], z, probe.expand_as(z))
             part = row @ probe[:, None]
             total = part if total is None else total + part
         assert total is not None

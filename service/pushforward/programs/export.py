@@ -3,7 +3,7 @@
 Written for a version (``Manifest.programs`` names them):
 
 - ``encode``: x [B, D] → z [B, D], log|det ∂z/∂x| [B, 1]; ``decode``: z → x, the same; both float64;
-- ``start_{kind}_{precision}``: time, point (, context) → state, divergence;
+- ``start_{kind}_{precision}``: time, point (, context) → state;
 - ``step_{kind}_{precision}``: clock, span, state (, context) → clock, state;
 
 kind ``density`` integrates the log-density, ``sample`` leaves it out; precision is ``float32`` or
@@ -75,7 +75,7 @@ def export_programs(
     flow = copy.deepcopy(flow).cpu().eval().requires_grad_(False)
     dim, interval = flow.dim, abs(flow.t_data - flow.t_base)
     # an example batch with more rows than any matrix has columns: tracing takes equal sizes for the same size
-    rows = 2 * dim + flow.context_dim + len(Clock) + 1
+    rows = 2 * dim + flow.context_dim + len(Clock) + 2
     context = [torch.zeros(rows, flow.context_dim, dtype=torch.float64)] if flow.context_dim else []
     context_name = ["context"] if context else []
     t, z = torch.zeros(rows, 1, dtype=torch.float64), torch.full((rows, dim), 0.5, dtype=torch.float64)
@@ -106,12 +106,12 @@ def export_programs(
         field = copy.deepcopy(flow.field).to(dtype)
         clock = torch.ones(rows, len(Clock), dtype=torch.float64)
         span = torch.ones(rows, len(Span), dtype=torch.float64)
-        state = torch.zeros(rows, 2 * dim, dtype=dtype)
         try:
             for kind, divergence in (("density", True), ("sample", False)):
                 start, step = Start(field, divergence), Step(field, tableau, divergence, interval)
                 names = ["time", "point", *context_name]
-                write(f"start_{kind}_{precision}", start, [t, z, *context], names, ["state", "divergence"])
+                write(f"start_{kind}_{precision}", start, [t, z, *context], names, ["state"])
+                state = torch.zeros(rows, 2 * dim + divergence, dtype=dtype)
                 names, outputs = ["clock", "span", "state", *context_name], ["clock_next", "state_next"]
                 write(f"step_{kind}_{precision}", step, [clock, span, state, *context], names, outputs)
         except NotImplemented as error:

@@ -24,7 +24,7 @@ __all__ = ["Solution", "integrate", "log_density"]
 
 @dataclass
 class Solution:
-    """Where n rows ended: z [n, D] and their clocks [n, 9] (see ``solvers.state``)."""
+    """Where n rows ended: z [n, D] and their clocks [n, 8] (see ``solvers.state``)."""
 
     z: Tensor
     clock: Tensor
@@ -50,11 +50,10 @@ def integrate(
     step = step.to(z.device)
     n = len(z)
     t = torch.full((n, 1), t_start, dtype=torch.float64, device=z.device)
-    state, rate = start(t, z.double(), context)
+    state = start(t, z.double(), context)
     clock = torch.zeros(n, len(Clock), dtype=torch.float64, device=z.device)
     clock[:, Clock.T], clock[:, Clock.CAP] = t_start, 10.0
     clock[:, Clock.DT] = math.copysign(first_step, t_end - t_start)
-    clock[:, Clock.DIVERGENCE] = rate[:, 0]
     span = torch.tensor(
         [[t_end, tolerance, tolerance, tolerance, max_steps]], dtype=torch.float64, device=z.device
     )

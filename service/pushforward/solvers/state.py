@@ -2,9 +2,10 @@
 
 Two float64 matrices and one in the program's precision, a row of each per initial value problem:
 
-- ``clock`` [B, 9]: changes at every step (:class:`Clock`);
+- ``clock`` [B, 8]: changes at every step (:class:`Clock`);
 - ``span`` [B, 5]: fixed at admission (:class:`Span`);
-- ``state`` [B, 2 D]: z and k₁ = f(t, z), the first stage of the next step.
+- ``state`` [B, 2 D + 1]: z and, of the first stage of the next step, k₁ = f(t, z) and its divergence; without
+  the divergence, [B, 2 D], in programs that leave the log-density out.
 """
 
 from __future__ import annotations
@@ -20,12 +21,11 @@ class Clock(IntEnum):
     T = 0  # time reached
     ELL = 1  # ∫ tr(∂f/∂z) dt so far, nats, along the direction of integration
     ERROR = 2  # Σ |local error of ELL| over accepted steps, nats
-    DIVERGENCE = 3  # tr(∂f/∂z) at (T, z): belongs to k₁
-    ACCEPTED = 4  # accepted steps
-    CAP = 5  # most that the next step may grow: 10, or 1 after a rejection
-    DT = 6  # next step, signed
-    ATTEMPTS = 7  # accepted and rejected steps
-    STOP = 8  # why the row stopped (Stop), 0 while it runs
+    ACCEPTED = 3  # accepted steps
+    CAP = 4  # most that the next step may grow: 10, or 1 after a rejection
+    DT = 5  # next step, signed
+    ATTEMPTS = 6  # accepted and rejected steps
+    STOP = 7  # why the row stopped (Stop), 0 while it runs
 
 
 class Span(IntEnum):

@@ -35,25 +35,25 @@ HUGE = 1e9  # error ratios at or above this, and NaN, are "not finite"
 
 
 class Start(nn.Module):
-    """What a row needs before its first step: its state [z, k₁] and the divergence at the start.
+    """What a row needs before its first step: its state [z, k₁, tr₁], see ``solvers.state``.
 
     Args:
         field: f, in the precision of the program.
-        divergence: whether ℓ is integrated; otherwise its divergence is 0.
+        divergence: whether ℓ is integrated; otherwise the state has no tr₁.
     """
 
     def __init__(self, field: VectorField, divergence: bool) -> None:
         super().__init__()
         self.field, self.divergence = field, divergence
 
-    def forward(self, t: Tensor, z: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """T [B, 1] and z [B, D] in float64, context [B, C] → state [B, 2 D], divergence [B, 1] in float64."""
+    def forward(self, t: Tensor, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """T [B, 1] and z [B, D] in float64, context [B, C] → state [B, 2 D + 1], or [B, 2 D]."""
         dtype = next(self.field.parameters()).dtype
-        z = z.to(dtype)
-        conditions = self.field.condition(t.to(dtype), None if context is None else context.to(dtype))
-        k, saved = self.field.stage(z, conditions)
-        divergence = self.field.divergence(saved).double() if self.divergence else torch.zeros_like(t)
-        return torch.cat([z, k], 1), divergence
+        t, z = t.to(dtype), z.to(dtype)
+        c = None if context is None else context.to(dtype)
+        if self.divergence:
+            return torch.cat([z, *self.field.with_divergence(t, z, c)], 1)
+        return torch.cat([z, self.field(t, z, c)], 1)
 
 
 class Step(nn.Module):
@@ -61,7 +61,8 @@ class Step(nn.Module):
 
     The stages are sums of matrix products: with ⊗ the Kronecker product, stage inputs accumulate as
     [y₂ | y₃ | … | y₁ | error] ← · + h kⱼ (A_j ⊗ I), where A_j is column j of the tableau, so a stage costs
-    one split, one product, and the field.  Divergences of all stages are computed together at the end.
+    one split, one product, and the field.  What depends on time, and the divergences, are computed for all
+    stages at once, on rows of which those of one problem follow each other: [B S, ·] is [B, S ·] then.
 
     Args:
         field: f, in the precision of the program.
@@ -70,10 +71,12 @@ class Step(nn.Module):
         interval: |t_data − t_base|, which sets the smallest step.
     """
 
-    weights: Tensor
+    times: Tensor
     tile: Tensor
-    remainders: Tensor
     mean: Tensor
+    weights: Tensor
+    gain: Tensor
+    flip: Tensor
     safety: Tensor
     shrink: Tensor
     merge: Tensor
@@ -91,63 +94,66 @@ class Step(nn.Module):
             column = [tableau.rows[i][j] for i in range(j, stages)] + [error[j]]
             self.register_buffer(f"column_{j}", torch.cat([weight * eye for weight in column], 1))
             self._columns.append(f"column_{j}")
-        self.register_buffer("tile", torch.cat([eye] * stages + [0 * eye], 1))
-        self.register_buffer(
-            "remainders", (1.0 - torch.tensor([tableau.c[1:]], dtype=torch.float64)).clamp(min=0.0)
-        )
         # tensors, because a Python number in the graph is rounded to float32 on the way to ONNX
-        limits = {"safety": SAFETY, "shrink": SHRINK, "merge": MERGE, "floor": FLOOR * interval}
-        for name, value in limits.items():
+        double = {
+            # [t_next, h] → t_next − (1 − c) h of every stage: c = 1 is t_next itself
+            "times": [[1.0] * stages, [min(c - 1.0, 0.0) for c in tableau.c[1:]]],
+            # h tr of every stage → what is added to [ℓ, Σ |error of ℓ|, accepted steps], before the |·|
+            "weights": [[b, e, 0.0] for b, e in zip((*tableau.b, 0.0), error, strict=True)],
+            "gain": [[0.0, 0.0, 1.0]],
+            "flip": [[1.0, -1.0, 1.0]],
+            "safety": SAFETY,
+            "shrink": SHRINK,
+            "merge": MERGE,
+            "floor": FLOOR * interval,
+        }
+        for name, value in double.items():
             self.register_buffer(name, torch.tensor(value, dtype=torch.float64))
+        self.register_buffer("tile", torch.cat([eye] * stages + [0 * eye], 1))
         self.register_buffer("mean", torch.full((dim, 1), 1 / dim, dtype=dtype))
-        last = [0.0] * stages + [1.0]
-        weights = torch.tensor([(*tableau.b, 0.0), error, last], dtype=torch.float64).T
-        self.register_buffer("weights", weights.contiguous())  # of ℓ, its error, the last stage
 
     def forward(
         self, clock: Tensor, span: Tensor, state: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """See ``solvers.state``: clock, span, state and context [B, C] float64 → the next clock and state."""
-        field, dim, stages = self.field, self.field.dim, self.tableau.stages
-        t, ell, error, divergence, accepted, cap, dt, attempts, _ = torch.split(clock, 1, 1)
-        t_end, rtol, atol, logp_atol, max_steps = torch.split(span, 1, 1)
-        rows = clock.shape[0]
-        dtype = state.dtype
+        field, dim, stages, dtype = self.field, self.field.dim, self.tableau.stages, state.dtype
+        t, sums, cap, dt, attempts, _ = torch.split(clock, [1, 3, 1, 1, 1, 1], 1)
+        t_end, tolerances, logp_atol, max_steps = torch.split(span, [1, 2, 1, 1], 1)
 
         remaining = t_end - t
         final = (remaining / dt) <= self.merge
         h = torch.where(final, remaining, dt)
-        t_next = torch.where(final, t_end, t + h)
+        t_next = t_end - (remaining - h)  # exactly t_end when final
 
-        times = (
-            (t_next - h * self.remainders).to(dtype).T.reshape(-1, 1)
-        )  # stage after stage; c = 1 is t_next itself
-        repeated = None if context is None else context.to(dtype).repeat(stages, 1)
-        conditions = [torch.split(c, [rows] * stages) for c in field.condition(times, repeated)]
+        narrow = torch.cat([torch.cat([t_next, h], 1) @ self.times, h, tolerances], 1).to(dtype)
+        times, h_narrow, rtol, atol = torch.split(narrow, [stages, 1, 1, 1], 1)
+        repeated = (
+            None if context is None else context.to(dtype).repeat(1, stages).view(-1, field.context_dim)
+        )
+        conditions = field.condition(times.reshape(-1, 1), repeated)
+        parts = field.apart(conditions, stages)
 
-        z, k = torch.split(state, dim, 1)
-        h_cast = h.to(dtype)
-        sums = torch.addmm(z @ self.tile, k * h_cast, self.get_buffer(self._columns[0]))
+        z, k, *trace = torch.split(state, [dim, dim, 1] if self.divergence else dim, 1)
+        inputs = torch.addmm(z @ self.tile, k * h_narrow, self.get_buffer(self._columns[0]))
         z_next = z
-        saved: list[tuple[Tensor, ...]] = []
+        saved: list[Tensor] = []
         for stage in range(stages):
-            z_next, sums = torch.split(sums, [dim, (stages - stage) * dim], 1)
-            k, kept = field.stage(z_next, tuple(c[stage] for c in conditions))
-            saved.append(kept)
-            sums = torch.addmm(sums, k * h_cast, self.get_buffer(self._columns[stage + 1]))
+            z_next, inputs = torch.split(inputs, [dim, (stages - stage) * dim], 1)
+            k, kept = field.stage(z_next, parts[stage])
+            saved += kept
+            inputs = torch.addmm(inputs, k * h_narrow, self.get_buffer(self._columns[stage + 1]))
 
-        scale = atol.to(dtype) + rtol.to(dtype) * torch.maximum(z.abs(), z_next.abs())
-        share = sums / scale
+        share = inputs / (atol + rtol * torch.maximum(z.abs(), z_next.abs()))
         ratio = ((share * share) @ self.mean).double().sqrt()
+        state_next, gain = [z_next, k], self.gain
         if self.divergence:
-            traces = field.divergence(tuple(torch.cat(parts) for parts in zip(*saved, strict=True)))
-            traces = torch.cat([divergence, traces.view(stages, -1).T.double()], 1)
-            ell_rate, error_rate, divergence_next = torch.split(traces @ self.weights, 1, 1)
-            ell_error = (error_rate * h).abs()
+            traces = field.divergence(torch.cat(saved, 1).view(-1, sum(field.saved_widths)), conditions)
+            traces = traces.view(-1, stages)
+            state_next.append(traces.narrow(1, stages - 1, 1))
+            gain = torch.addmm(self.gain, torch.cat([*trace, traces], 1).double() * h, self.weights)
+            gain = torch.maximum(gain, gain * self.flip)
+            _, ell_error, _ = torch.split(gain, 1, 1)
             ratio = torch.maximum(ratio, ell_error / logp_atol)
-            ell_next, error_next = ell + ell_rate * h, error + ell_error
-        else:
-            ell_next, error_next, divergence_next = ell, error, divergence
 
         finite = ratio < HUGE
         ratio = torch.where(finite, ratio, HUGE)
@@ -164,11 +170,12 @@ class Step(nn.Module):
         stop = torch.where(dt_next.abs() < self.floor, stuck, spent)
         stop = torch.where(accept & final, 1.0 * Stop.FINISHED, stop)
 
-        moved = torch.cat([t_next, ell_next, error_next, divergence_next, accepted + 1.0], 1)
-        stayed = torch.cat([t, ell, error, divergence, accepted], 1)
-        cap_next = torch.where(accept, GROW, 1.0)
-        clock_next = torch.cat([torch.where(accept, moved, stayed), cap_next, dt_next, attempts, stop], 1)
-        return clock_next, torch.where(accept, torch.cat([z_next, k], 1), state)
+        t, sums = torch.where(accept, t_next, t), torch.where(accept, sums + gain, sums)
+        cap = torch.where(accept, GROW, 1.0)
+        return (
+            torch.cat([t, sums, cap, dt_next, attempts, stop], 1),
+            torch.where(accept, torch.cat(state_next, 1), state),
+        )
 
 
 def _power(x: Tensor, exponent: float) -> Tensor:
