@@ -11,6 +11,7 @@ from tests.problems import FLOWS, ExportedModel, chunk, exported
 
 from pushforward.engine.engine import Engine, Model
 from pushforward.engine.request import ADVICE, Answer, Chunk, Kind, Status
+from pushforward.messages import Counts
 from pushforward.noise import standard_normal
 from pushforward.solvers.solve import integrate
 from pushforward.solvers.state import Clock
@@ -66,6 +67,7 @@ def test_a_chunk_outside_the_support_is_answered_without_integrating(engine: Eng
     assert (answer.nfe == 0).all()
     assert (answer.steps == 0).all()
     assert (answer.t == 1.0).all()
+    assert engine.take_counts() == Counts(nfe=[2] + 16 * [0], status={Status.OUTSIDE_SUPPORT: 2})
     assert not engine.busy
 
 
@@ -414,6 +416,7 @@ def test_two_chunks_of_one_name_are_both_answered(model: ExportedModel) -> None:
     engine.submit(chunk("same", Kind.ENCODE, x[3:]))
     sizes = [len(answer.status) for _ in range(1000) if engine.busy for answer in engine.step()]
     assert sorted(sizes) == [1, 3]
+    assert engine.cancel("same") is None
 
 
 def test_rows_that_came_in_are_not_written_to(model: ExportedModel) -> None:

@@ -2,13 +2,16 @@
 
 Random mixes of chunks (directions, with and without density, precisions, tolerances, ends, sizes, arrivals)
 share an engine with rows that become NaN, blow up, never arrive, are cancelled or overdue, over any number of
-slots.  Every row that is left in peace must end exactly as it does when it is solved alone.
+slots; bulk rows pause for interactive ones and go on.  Every row that is left in peace must end exactly as it
+does when it is solved alone.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pytest
@@ -43,6 +46,7 @@ class Visit:
     arrival: int
     cancelled: int | None
     deadline: int | None
+    bulk: bool
 
 
 @functools.cache
@@ -61,7 +65,7 @@ def bank(name: str, kind: Kind) -> tuple[Array, Array | None]:
     return rows, context
 
 
-def make(name: str, id: str, how: Settings, rows: tuple[int, ...], deadline: float | None = None) -> Chunk:
+def make(name: str, id: str, how: Settings, rows: tuple[int, ...], **settings: Any) -> Chunk:
     x, context = bank(name, how.kind)
     model, chosen = exported(name), list(rows)
     start, end = model.t_base, model.t_data
@@ -77,7 +81,7 @@ def make(name: str, id: str, how: Settings, rows: tuple[int, ...], deadline: flo
         tolerance=how.tolerance,
         max_steps=how.max_steps,
         t_end=None if how.share is None else start + how.share * (end - start),
-        deadline=deadline,
+        **settings,
     )
 
 
@@ -128,15 +132,23 @@ visits = st.builds(
     arrival=turns,
     cancelled=st.none() | st.none() | turns,
     deadline=st.none() | st.none() | turns,
+    bulk=st.booleans(),
 )
 
 
 @pytest.mark.parametrize("name", FLOWS)
 @settings(max_examples=15)
-@given(company=st.lists(visits, min_size=1, max_size=6), slots=st.integers(1, 64))
-def test_every_survivor_ends_as_it_does_alone(name: str, company: list[Visit], slots: int) -> None:
-    now = 0
-    engine = Engine(lambda *_: exported(name), slots, clock=lambda: now)
+@given(
+    company=st.lists(visits, min_size=1, max_size=6),
+    slots=st.integers(1, 64),
+    budget=st.sampled_from([1e-9, 1e-5, 1e-4, 1.0]),
+)
+def test_every_survivor_ends_as_it_does_alone(
+    name: str, company: list[Visit], slots: int, budget: float
+) -> None:
+    now, looks = 0, itertools.count()
+    # between two looks at the clock pass 10 µs, so that a step does: the smaller budgets make bulk rows pause
+    engine = Engine(lambda *_: exported(name), slots, lambda: now + 1e-5 * next(looks), budget)
     answers: dict[str, Answer] = {}
 
     def keep(answer: Answer) -> None:
@@ -146,7 +158,10 @@ def test_every_survivor_ends_as_it_does_alone(name: str, company: list[Visit], s
     while engine.busy or now <= max(visit.arrival for visit in company):
         for number, visit in enumerate(company):
             if visit.arrival == now:
-                engine.submit(make(name, str(number), visit.settings, visit.rows, visit.deadline))
+                arriving = make(
+                    name, str(number), visit.settings, visit.rows, deadline=visit.deadline, bulk=visit.bulk
+                )
+                engine.submit(arriving)
             if visit.cancelled == now and (answer := engine.cancel(str(number))):
                 keep(answer)
         for answer in engine.step():

@@ -2,7 +2,11 @@
 
 ``Engine.step`` is the loop's body and reads whole: every pool takes one turn (admit → step → release, see
 ``Pool``), and the chunks whose last row has left are finished into answers.  The caller runs it while
-``engine.busy``.
+``engine.busy``.  An exception out of it leaves the engine in an unknown state: it must not be used any more.
+
+Interactive rows take part in every step.  Bulk rows ride in one pool a step, the pools taking turns, so that
+an interactive row that arrives waits for one bulk step at most; and while interactive rows run or wait
+anywhere in the engine, only as many ride as the step budget has room for (see ``budget``).
 """
 
 from __future__ import annotations
@@ -16,8 +20,11 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from pushforward.engine.budget import Budget
+from pushforward.engine.counting import count_rows, count_step
 from pushforward.engine.pool import Batch, Pool, Task
 from pushforward.engine.request import Answer, Array, Chunk, Kind, Status
+from pushforward.messages import Counts
 from pushforward.programs.runtime import Program
 from pushforward.solvers.state import Clock, Span
 
@@ -47,6 +54,7 @@ class _Job:
     pool: Pool
     log_det: Array  # log|det ∂z/∂x|, known at the start when encoding, [n]
     base: Array  # log N(z; 0, I) of the starting point when decoding, [n]
+    submitted: float
 
 
 class Engine:
@@ -54,8 +62,13 @@ class Engine:
 
     Args:
         models: the model of a (name, version); called at every submission, so it should remember.
-        slots: the most rows in flight per pool.
-        clock: seconds, for deadlines.
+        slots: the most rows in a step of a pool (two classes of rows have at least one each).
+        clock: seconds, for deadlines, budget and timings.
+        step_budget_s: the longest that all pools together may step with bulk rows among them, seconds, while
+            interactive rows run or wait.
+
+    Attributes:
+        steps: steps of a batch since the start.
     """
 
     def __init__(
@@ -63,12 +76,18 @@ class Engine:
         models: Callable[[str, int], Model],
         slots: int = 256,
         clock: Callable[[], float] = time.monotonic,
+        step_budget_s: float = 0.004,
     ) -> None:
         self._models, self._slots, self._clock = models, slots, clock
+        self._budget = Budget(step_budget_s)
         self._pools: dict[tuple[str, int, bool, str], Pool] = {}
         self._jobs: dict[int, _Job] = {}
+        self._keys: dict[str, int] = {}  # of the jobs, by their chunk's id
         self._serial = 0
+        self._next_deadline = math.inf  # no job has an earlier one
         self._finished: list[Answer] = []  # chunks that were done at submission
+        self._counts = Counts()
+        self.steps = 0
 
     @property
     def busy(self) -> bool:
@@ -77,16 +96,26 @@ class Engine:
 
     @property
     def running(self) -> int:
-        """Rows in flight."""
+        """Rows in slots."""
         return sum(pool.running for pool in self._pools.values())
 
     @property
     def waiting(self) -> int:
-        """Rows that have been submitted and not yet admitted."""
-        return sum(pool.scheduler.waiting for pool in self._pools.values())
+        """Rows that have been submitted and have no slot."""
+        return sum(pool.rows - pool.running for pool in self._pools.values())
+
+    def rows_of(self, model: str, version: int) -> int:
+        """Rows of a model version that run or wait."""
+        return sum(pool.rows for key, pool in self._pools.items() if key[:2] == (model, version))
+
+    def take_counts(self) -> Counts:
+        """What was done since the last call."""
+        counts, self._counts = self._counts, Counts()
+        return counts
 
     def submit(self, chunk: Chunk) -> None:
         """Take a chunk; its answer comes from a later ``step``."""
+        submitted = self._clock()
         model = self._models(chunk.model, chunk.version)
         z, log_det, inside = chunk.rows, np.zeros(len(chunk.rows)), np.ones(len(chunk.rows), bool)
         if chunk.kind is Kind.ENCODE:
@@ -98,42 +127,85 @@ class Engine:
             self._pools[key] = Pool(step, self._slots)
         task = _prepare(chunk, model, z, inside)
         base = _base_log_density(z) if chunk.kind is Kind.DECODE else np.zeros(len(z))
-        job = _Job(chunk, model, task, self._pools[key], log_det, base)
+        job = _Job(chunk, model, task, self._pools[key], log_det, base, submitted)
         self._serial += 1
-        if task.left:
-            self._jobs[self._serial] = job
-            job.pool.add(self._serial, task)
-        else:
-            self._finished.append(_finish(job))
+        self._jobs[self._serial] = job
+        self._keys[chunk.id] = self._serial
+        if not task.left:
+            self._finished.append(self._finish(self._serial, submitted))
+            return
+        task.bulk = chunk.bulk
+        job.pool.add(self._serial, task, chunk.request or chunk.id)
+        if chunk.deadline is not None:
+            self._next_deadline = min(self._next_deadline, chunk.deadline)
 
     def step(self) -> list[Answer]:
-        """Advance every row in flight by one attempted step; returns the chunks that are done."""
+        """Advance the rows in flight by one attempted step; returns the chunks that are done."""
         answers, self._finished = self._finished, []
         now = self._clock()
-        for key in [
-            k for k, job in self._jobs.items() if job.chunk.deadline is not None and job.chunk.deadline <= now
-        ]:
-            answers.append(self._evict(key, Status.DEADLINE))
-        for pool in self._pools.values():
-            if pool.tasks:
-                answers += [_finish(self._jobs.pop(key)) for key in pool.turn()]
-        return answers
+        if now >= self._next_deadline:
+            answers += self._evict_overdue(now)
+        pools = [pool for pool in self._pools.values() if pool.tasks]
+        riding, room = self._bulk_turn(pools)
+        done: list[tuple[int, float]] = []
+        for pool in pools:
+            rows, keys = pool.turn(now, room if pool is riding else 0)
+            if rows:
+                started, now = now, self._clock()
+                pool.time.observe(rows, now - started)
+                count_step(self._counts, rows, now - started)
+                self.steps += 1
+            if keys:
+                done += [(key, now) for key in keys]
+        return answers + [self._finish(key, left) for key, left in done]
 
     def cancel(self, id: str) -> Answer | None:
         """Take a chunk out at once; returns its answer so far, or None when it is not here (any more)."""
-        for key, job in self._jobs.items():
-            if job.chunk.id == id:
-                return self._evict(key, Status.CANCELLED)
-        return None
+        key = self._keys.get(id)
+        return None if key is None else self._evict(key, Status.CANCELLED, self._clock())
 
     def forget(self, model: str, version: int) -> None:
-        """Drop the idle pools of a model version that is being unloaded."""
-        self._pools = {k: p for k, p in self._pools.items() if k[:2] != (model, version) or p.tasks}
+        """Drop the idle pools of a model version that is being unloaded; see ``rows_of`` for the others."""
+        self._pools = {k: p for k, p in self._pools.items() if k[:2] != (model, version) or p.rows}
 
-    def _evict(self, key: int, status: Status) -> Answer:
+    def _bulk_turn(self, pools: list[Pool]) -> tuple[Pool | None, int]:
+        """The pool whose bulk rows ride in this step, and how many of them."""
+        with_bulk = [pool for pool in pools if pool.bulk.rows]
+        if not with_bulk:
+            return None, 0
+        riding, room = min(with_bulk, key=lambda pool: pool.rode), self._slots
+        interactive = [pool for pool in pools if pool.interactive.rows]
+        if interactive:
+            cost = sum(pool.time(min(pool.interactive.rows, self._slots)) for pool in interactive)
+            room = self._budget.rows(cost, riding.time, beside=riding in interactive)
+        if room:
+            riding.rode = self.steps + 1
+        return riding, room
+
+    def _evict_overdue(self, now: float) -> list[Answer]:
+        deadlines = {
+            key: job.chunk.deadline for key, job in self._jobs.items() if job.chunk.deadline is not None
+        }
+        answers = [
+            self._evict(key, Status.DEADLINE, now) for key, deadline in deadlines.items() if deadline <= now
+        ]
+        self._next_deadline = min((d for d in deadlines.values() if d > now), default=math.inf)
+        return answers
+
+    def _evict(self, key: int, status: Status, now: float) -> Answer:
+        self._jobs[key].pool.evict(key, status)
+        return self._finish(key, now)
+
+    def _finish(self, key: int, now: float) -> Answer:
+        """The answer of a job whose last row left ``now``."""
         job = self._jobs.pop(key)
-        job.pool.evict(key, status)
-        return _finish(job)
+        if self._keys.get(job.chunk.id) == key:
+            del self._keys[job.chunk.id]
+        answer = _finish(job)
+        admitted = now if job.task.admitted is None else job.task.admitted
+        answer.queue_s, answer.solve_s = admitted - job.submitted, now - admitted
+        count_rows(self._counts, answer)
+        return answer
 
 
 def _kind(chunk: Chunk) -> str:
@@ -149,20 +221,17 @@ def _prepare(chunk: Chunk, model: Model, z: Array, inside: NDArray[np.bool_]) ->
         t_end = chunk.t_end
     rows = np.flatnonzero(inside)
     n, (total, dim) = len(rows), z.shape
-    clock, span = np.zeros((n, len(Clock))), np.empty((n, len(Span)))
-    clock[:, Clock.T], clock[:, Clock.CAP] = t_start, 10.0
-    clock[:, Clock.DT] = math.copysign(first, t_end - t_start)
-    span[:] = (t_end, chunk.rtol, chunk.atol, chunk.logp_atol, chunk.max_steps)
-    context = [] if chunk.context is None else [chunk.context[rows]]
-    batch: Batch = [np.stack([rows, rows], 1), clock, span]
-    if n:
-        start = model.program(f"start_{_kind(chunk)}_{chunk.precision}")
-        state, divergence = start(clock[:, Clock.T : Clock.T + 1], z[rows], *context)
-        clock[:, Clock.DIVERGENCE] = divergence[:, 0]
-        batch += [state, *context]
-    status = np.full(total, Status.OUTSIDE_SUPPORT, np.uint8)
     left = np.zeros((total, len(Clock)))
     left[:, Clock.T] = t_start
+    clock, span = left[rows], np.empty((n, len(Span)))
+    clock[:, Clock.CAP], clock[:, Clock.DT] = 10.0, math.copysign(first, t_end - t_start)
+    span[:] = (t_end, chunk.rtol, chunk.atol, chunk.logp_atol, chunk.max_steps)
+    context = [] if chunk.context is None else [chunk.context[rows]]
+    batch: Batch = [rows[:, None].repeat(2, 1), clock, span]
+    if n:
+        start = model.program(f"start_{_kind(chunk)}_{chunk.precision}")
+        batch += [*start(clock[:, Clock.T : Clock.T + 1], z[rows], *context), *context]
+    status = np.full(total, Status.OUTSIDE_SUPPORT, np.uint8)
     return Task(batch, n, left, np.full((total, dim), np.nan), status)
 
 

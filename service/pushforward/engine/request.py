@@ -65,6 +65,8 @@ class Chunk:
         t_end: where to stop, for points on the way; None goes to the end.  With a time given,
             ``Answer.value`` holds the flow's coordinates z(t_end) and there is no log-density.
         deadline: on the engine's clock (``time.monotonic``), seconds; None for none.
+        bulk: whether its rows give way to interactive ones.
+        request: chunks of one request take turns as one; empty for a chunk that is a request of its own.
     """
 
     id: str
@@ -81,6 +83,8 @@ class Chunk:
     context: Array | None = None
     t_end: float | None = None
     deadline: float | None = None
+    bulk: bool = False
+    request: str = ""
 
 
 @dataclass
@@ -99,6 +103,8 @@ class Answer:
         nfe: evaluations of the field, [n].
         status: ``Status``, [n].
         t: the time reached, [n].
+        queue_s: from the submission until the first row was admitted, seconds.
+        solve_s: from then until the last row left, seconds.
     """
 
     id: str
@@ -110,3 +116,5 @@ class Answer:
     accepted: NDArray[np.int32]
     nfe: NDArray[np.int32]
     status: NDArray[np.uint8] = field(repr=False)
+    queue_s: float = 0.0
+    solve_s: float = 0.0
