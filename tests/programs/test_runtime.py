@@ -9,7 +9,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from pushforward.errors import InvalidModel
+from pushforward.errors import InvalidModel, UsageError
 from pushforward.programs.runtime import Program
 
 
@@ -75,3 +75,8 @@ def test_a_program_cannot_read_other_files(
         weights.external_data.add(key=key, value=value)
     with pytest.raises(InvalidModel, match="is not a program that ONNX Runtime can load"):
         Program(graph(helper.make_node("MatMul", ["x", "w"], ["y"]), weights=weights), "hostile")
+
+
+def test_a_program_for_a_device_that_is_not_here_is_refused_and_does_not_run_elsewhere() -> None:
+    with pytest.raises(UsageError, match="cuda:0 needs ONNX Runtime for CUDA"):
+        Program(DOUBLE, "double", device="cuda:0")
