@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from tests.problems import blobs, chunk, published
 
 from pushforward.engine.engine import Engine
-from pushforward.engine.request import Kind
+from pushforward.engine.request import Kind, Status
 from pushforward.errors import InvalidModel
 from pushforward.loading import LoadedModel, default_chunk, load_model, run_chunk
 from pushforward.store.catalog import Catalog
@@ -112,6 +112,21 @@ def test_another_models_program_with_a_right_hash_is_refused(folder: Path, progr
         load_model(folder)
 
 
+def test_a_sample_that_is_off_is_refused_by_its_row_and_feature(folder: Path) -> None:
+    golden = load_file(folder / "golden.safetensors")
+    golden["x"][5, 1] += 0.02 * golden["x"][:, 1].std()
+    golden["decoded"][5] = golden["x"][5]
+    model = load_model(published() / "blobs" / "1")
+    rows = default_chunk(model.manifest.solver, golden["x"], golden["context"])
+    golden["log_density"] = golden["served"] = run_chunk(model, rows).log_density
+    save_file(golden, folder / "golden.safetensors")
+    rewrite(folder, "golden.safetensors", (folder / "golden.safetensors").read_bytes())
+    with pytest.raises(
+        InvalidModel, match=r"golden row 5 has .* as feature 1 of its sample, its reference is"
+    ):
+        load_model(folder)
+
+
 def test_the_refusal_says_by_how_much_and_what_to_do(folder: Path) -> None:
     golden = load_file(folder / "golden.safetensors")
     expected = golden["log_density"][3]
@@ -137,7 +152,7 @@ def identity(width: int, outputs: list[str]) -> bytes:
     ).SerializeToString()
 
 
-@pytest.mark.parametrize("file", ["encode", "start_density_float32", "step_density_float32"])
+@pytest.mark.parametrize("file", DEFAULT)
 @pytest.mark.parametrize("width", [2, 5])
 def test_a_program_of_another_shape_is_refused(folder: Path, file: str, width: int) -> None:
     rewrite(folder, f"programs/{file}.onnx", identity(width, ["z", "log_det"]))
@@ -151,8 +166,9 @@ def test_a_program_that_is_none_is_refused_by_name(folder: Path) -> None:
         load_model(folder)
 
 
-def test_a_program_that_mixes_its_rows_is_refused(folder: Path) -> None:
-    path = folder / "programs" / "step_density_float32.onnx"
+@pytest.mark.parametrize("program", ["step_density_float32", "step_sample_float32"])
+def test_a_program_that_mixes_its_rows_is_refused(folder: Path, program: str) -> None:
+    path = folder / "programs" / f"{program}.onnx"
     model = onnx.load(path)
     graph = model.graph
     name = graph.output[1].name
@@ -168,7 +184,7 @@ def test_a_program_that_mixes_its_rows_is_refused(folder: Path) -> None:
             helper.make_node("Add", [f"own_{name}", "a_little"], [name]),
         ]
     )
-    rewrite(folder, "programs/step_density_float32.onnx", model.SerializeToString())
+    rewrite(folder, f"programs/{program}.onnx", model.SerializeToString())
     with pytest.raises(InvalidModel, match="its rows depend on their batch"):
         load_model(folder)
 
@@ -205,6 +221,15 @@ GOLDEN: dict[str, Callable[[dict[str, np.ndarray]], object]] = {
     "NaN answers": lambda g: g.update(log_density=g["log_density"] * np.nan),
     "NaN rows": lambda g: g.update(x=g["x"] * np.nan),
     "answers that allow everything": lambda g: g.update(served=g["served"] + np.inf),
+    "no base points": lambda g: g.pop("z"),
+    "no samples": lambda g: g.pop("decoded"),
+    "fewer base points": lambda g: g.update(z=g["z"][:-1]),
+    "fewer samples": lambda g: g.update(decoded=g["decoded"][:-1]),
+    "a base point without its row": lambda g: g["z"].__setitem__((3, 0), np.nan),
+    "NaN base points": lambda g: g.update(z=g["z"] * np.nan, log_density=g["log_density"] - np.inf),
+    "another base point": lambda g: g["z"].__setitem__(3, g["z"][3] + 0.1),
+    "NaN samples": lambda g: g.update(decoded=g["decoded"] * np.nan),
+    "samples that allow everything": lambda g: g.update(decoded=g["decoded"] + np.inf),
 }
 
 
@@ -232,6 +257,17 @@ def test_a_file_that_changes_after_loading_is_noticed_when_it_is_read(folder: Pa
     model = LoadedModel(Manifest.read(folder / "manifest.json"), folder)
     with pytest.raises(InvalidModel, match=r"^blobs/1/programs/step_sample_float64\.onnx was changed"):
         model.program("step_sample_float64")
+
+
+def test_a_loaded_version_does_not_need_its_folder(folder: Path) -> None:
+    model = load_model(folder)
+    shutil.rmtree(folder)
+    x, c = blobs(5)
+    for precision in ("float32", "float64"):
+        for kind in Kind:
+            for density in (True, False):
+                asked = chunk("x", kind, x, c, precision=precision, density=density)
+                assert run_chunk(model, asked).status.tolist() == [Status.OK] * 5
 
 
 def test_a_file_that_goes_after_loading_is_noticed_when_it_is_read(folder: Path) -> None:

@@ -1,13 +1,16 @@
 """From a version's folder to a model that may be served: verified, and proven on this machine.
 
 A version is loaded in three steps: every file's hash is compared with the manifest; the programs are given to
-ONNX Runtime; and the golden rows are run through the very programs that will serve.  A version that does not
-reproduce its reference answers here is refused, and so is one whose rows would depend on their batch.
+ONNX Runtime; and the golden rows are run through the very programs that will serve, from the data to the base
+and back.  A version that does not reproduce its reference answers here is refused, and so is one whose rows
+would depend on their batch.
 """
 
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -22,10 +25,15 @@ from pushforward.programs.runtime import Program
 from pushforward.store.catalog import Catalog
 from pushforward.store.manifest import Manifest, Solver
 
-__all__ = ["GOLDEN_TOLERANCE", "LoadedModel", "default_chunk", "load_model", "run_chunk"]
+__all__ = ["GOLDEN_TOLERANCE", "LoadedModel", "default_chunk", "load_model", "run_chunk", "sample_chunk"]
 
-GOLDEN_TOLERANCE = 1e-3  # nats by which an answer may miss its reference further than it did at publishing
-BATCH_MULTIPLES = (1, 8, 32)  # paddings that are tried until a row's bits do not depend on its batch
+# What an answer may miss its reference by beyond what it missed at publishing.
+GOLDEN_TOLERANCE = 1e-3  # nats, for a log-density
+SAMPLE_TOLERANCE = 5e-3  # for a feature of a sample; in units of its standard deviation over the golden rows
+STAGE_TOLERANCE = 1e-3  # for f(t, z) as the start programs compute it, in units of its largest value
+# Paddings that are tried until a row's bits do not depend on its batch.  A GPU's kernels change with the size
+# of the batch, so there it has one size only, as long as slots and chunks are no larger.
+BATCH_MULTIPLES = {"cpu": (1, 8, 32), "cuda": (256,)}
 
 
 class LoadedModel:
@@ -34,15 +42,17 @@ class LoadedModel:
     Args:
         manifest: what the version says it is.
         folder: where it lies.
+        device: where its programs run.
     """
 
-    def __init__(self, manifest: Manifest, folder: Path) -> None:
-        self.manifest, self.folder = manifest, folder
+    def __init__(self, manifest: Manifest, folder: Path, device: str = "cpu") -> None:
+        self.manifest, self.folder, self.device = manifest, folder, device
         self.t_base, self.t_data = manifest.t_base, manifest.t_data
         self.stages = manifest.method_stages
         self.dt_data_to_base = manifest.solver.dt_data_to_base
         self.dt_base_to_data = manifest.solver.dt_base_to_data
         self._programs: dict[str, Program] = {}
+        self._held: dict[str, bytes] = {}
         self._multiple = 1
 
     def pad(self, multiple: int) -> None:
@@ -65,8 +75,15 @@ class LoadedModel:
                 raise InvalidModel(
                     f"{self.title} has no program {name}; it has {has}.", file=f"{self.title}/{name}"
                 )
-            self._programs[name] = Program(self.read(path), f"{self.title}/{path}", self._multiple)
+            data = self._held[path] if path in self._held else self.read(path)
+            self._programs[name] = Program(data, f"{self.title}/{path}", self._multiple, self.device)
+            self._held.pop(path, None)
         return self._programs[name]
+
+    def hold(self) -> None:
+        """Read the programs that were not needed yet, so that the store is not needed any more."""
+        paths = [path for name, path in self.manifest.programs.items() if name not in self._programs]
+        self._held = {path: self.read(path) for path in paths}
 
     def read(self, path: str) -> bytes:
         """The bytes of a file of the version, if they still have the hash of the manifest."""
@@ -89,34 +106,87 @@ class LoadedModel:
             raise InvalidModel(f"{file} is not a safetensors file: {error}.", file=file) from None
 
 
-def load_model(folder: Path) -> LoadedModel:
-    """Load, verify and prove the version in ``folder``.
+def load_model(folder: Path, device: str = "cpu") -> LoadedModel:
+    """Load, verify and prove the version in ``folder`` on a device.
 
     Raises:
         InvalidModel: naming the file that is wrong, or by how much the golden rows miss their reference.
     """
-    model = LoadedModel(Catalog.verify(folder), folder)
+    model = LoadedModel(Catalog.verify(folder), folder, device)
+    file = f"{model.title}/golden.safetensors"
     golden = model.tensors("golden.safetensors")
     try:
-        if not len(golden["x"]) == len(golden["log_density"]) == len(golden["served"]) > 0:
-            raise ValueError("x, log_density and served must have as many rows, and at least one")
-        answer = _independent(model, golden)
-        missed = _distance(answer.log_density, golden["log_density"])
-        allowed = _distance(golden["served"], golden["log_density"]) + GOLDEN_TOLERANCE
+        _prove(model, golden)
     except InvalidModel:
         raise
     except Exception as error:  # whatever ONNX Runtime says about shapes and types
-        file = f"{model.title}/golden.safetensors"
         raise InvalidModel(f"{file} does not fit the model: {error}.", file=file) from None
-    if not (missed <= allowed).all() or not np.isfinite(allowed).all():  # NaN misses
-        row = int(np.argmin(missed <= allowed))
-        raise InvalidModel(
-            f"{model.title} does not reproduce itself on this machine: golden row {row} has log-density "
-            f"{answer.log_density[row]:.6g}, its reference is {golden['log_density'][row]:.6g}. "
-            "Publish the model again on a machine like this one.",
-            file=f"{model.title}/golden.safetensors",
-        )
+    model.hold()
     return model
+
+
+def _prove(model: LoadedModel, golden: dict[str, Array]) -> None:
+    """Run the golden rows both ways and compare.
+
+    Raises:
+        InvalidModel: when an answer misses its reference.
+        Exception: when the rows do not fit the model.
+    """
+    x, z, context, expected = golden["x"], golden["z"], golden.get("context"), golden["log_density"]
+    if not len(x) == len(z) == len(golden["decoded"]) == len(expected) == len(golden["served"]) > 0:
+        raise ValueError("x, z, decoded, log_density and served must have as many rows, and at least one")
+    inside = np.isfinite(z).all(1)
+    if not inside.any() or (inside != np.isfinite(expected)).any():
+        raise ValueError("z must be finite where log_density is, and that somewhere")
+    there = default_chunk(model.manifest.solver, x, context)
+    back = sample_chunk(model.manifest.solver, z[inside], None if context is None else context[inside])
+    density, sample = _independent(model, [there, back])
+
+    missed = _distance(density.log_density, expected)
+    allowed = _distance(golden["served"], expected) + GOLDEN_TOLERANCE
+    if (row := _beyond(missed, allowed)) is not None:
+        raise _unlike_itself(
+            model, row, f"log-density {density.log_density[row]:.6g}", f"{expected[row]:.6g}"
+        )
+    numbers, x, decoded = np.flatnonzero(inside), x[inside], golden["decoded"][inside]
+    spread = x.std(0)
+    allowed = _distance(decoded, x) + SAMPLE_TOLERANCE * np.where(spread > 0, spread, 1.0)
+    if (row := _beyond(_distance(sample.value, x), allowed)) is not None:
+        column = int(np.argmin(_distance(sample.value[row], x[row]) <= allowed[row]))
+        raise _unlike_itself(
+            model,
+            int(numbers[row]),
+            f"{sample.value[row, column]:.6g} as feature {column} of its sample",
+            f"{x[row, column]:.6g}",
+        )
+    # A wrong first stage shows in no answer: the first step is rejected until it is too short to matter.
+    one, other = (_first_stage(model, kind, back) for kind in ("density", "sample"))
+    if (row := _beyond(_distance(one, other), STAGE_TOLERANCE * np.abs(one).max(initial=1e-6))) is not None:
+        raise _unlike_itself(model, int(numbers[row]), f"first stage {other[row]}", f"{one[row]}")
+
+
+def _first_stage(model: LoadedModel, kind: str, chunk: Chunk) -> Array:
+    """f(t, z) of rows at the base as the start program of densities or of samples computes it, [n, D]."""
+    t = np.full((len(chunk.rows), 1), model.t_base)
+    context = [] if chunk.context is None else [chunk.context]
+    (state,) = model.program(f"start_{kind}_{chunk.precision}")(t, chunk.rows, *context)
+    dim = chunk.rows.shape[1]
+    return state[:, dim : 2 * dim].astype(np.float64)
+
+
+def _beyond(missed: Array, allowed: Array | np.floating) -> int | None:
+    """The first row where ``missed`` exceeds ``allowed``; NaN exceeds all, and infinity allows nothing."""
+    bad = ~(missed <= allowed) | ~np.isfinite(allowed)
+    rows = np.flatnonzero(bad.any(1) if bad.ndim == 2 else bad)
+    return int(rows[0]) if rows.size else None
+
+
+def _unlike_itself(model: LoadedModel, row: int, found: str, expected: str) -> InvalidModel:
+    return InvalidModel(
+        f"{model.title} does not reproduce itself on this machine: golden row {row} has {found}, "
+        f"its reference is {expected}. Publish the model again on a machine like this one.",
+        file=f"{model.title}/golden.safetensors",
+    )
 
 
 def _distance(some: Array, others: Array) -> Array:
@@ -152,22 +222,33 @@ def default_chunk(solver: Solver, x: Array, context: Array | None) -> Chunk:
     )
 
 
-def _independent(model: LoadedModel, golden: dict[str, NDArray[np.float64]]) -> Answer:
-    """The golden rows' answers, with batches padded as far as it takes to make rows independent."""
-    x, context, solver = golden["x"], golden.get("context"), model.manifest.solver
-    few = slice(len(x) // 2, len(x) // 2 + 1)
-    for multiple in BATCH_MULTIPLES:
+def sample_chunk(solver: Solver, z: Array, context: Array | None) -> Chunk:
+    """The samples at base points with the defaults of a version, without their log-densities."""
+    return replace(default_chunk(solver, z, context), kind=Kind.DECODE, density=False)
+
+
+def _independent(model: LoadedModel, chunks: Sequence[Chunk]) -> list[Answer]:
+    """The chunks' answers, with batches padded as far as it takes to make rows independent."""
+    multiples = BATCH_MULTIPLES[model.device.partition(":")[0]]
+    for multiple in multiples:
         model.pad(multiple)
-        together = run_chunk(model, default_chunk(solver, x, context))
-        apart = run_chunk(model, default_chunk(solver, x, context), slots=3)
-        alone = run_chunk(model, default_chunk(solver, x[few], None if context is None else context[few]))
-        if _same(together, apart, slice(None)) and _same(alone, together, few):
-            return together
+        answers = [run_chunk(model, chunk) for chunk in chunks]
+        if all(_alike(model, chunk, answer) for chunk, answer in zip(chunks, answers, strict=True)):
+            return answers
     raise InvalidModel(
-        f"{model.title}: here its rows depend on their batch, even padded to {BATCH_MULTIPLES[-1]}. "
+        f"{model.title}: here its rows depend on their batch, even padded to {multiples[-1]}. "
         "Layers whose width is a multiple of 16 and whose sums are matrix products avoid that.",
         file=f"{model.title}/{model.manifest.programs['encode']}",
     )
+
+
+def _alike(model: LoadedModel, chunk: Chunk, together: Answer) -> bool:
+    """Whether the rows' answers have the same bits in small batches, and one of them alone."""
+    one = slice(len(chunk.rows) // 2, len(chunk.rows) // 2 + 1)
+    context = None if chunk.context is None else chunk.context[one]
+    apart = run_chunk(model, chunk, slots=3)
+    alone = run_chunk(model, replace(chunk, rows=chunk.rows[one], context=context))
+    return _same(together, apart, slice(None)) and _same(alone, together, one)
 
 
 def _same(some: Answer, all_: Answer, rows: slice) -> bool:

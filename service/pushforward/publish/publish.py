@@ -32,7 +32,7 @@ from pushforward.errors import InvalidInput, PublishFailed
 from pushforward.flows.fields import MLP, Hutchinson, Wrapped
 from pushforward.flows.flow import Flow
 from pushforward.flows.transforms import Standardize, Transform
-from pushforward.loading import default_chunk, load_model, run_chunk
+from pushforward.loading import default_chunk, load_model, run_chunk, sample_chunk
 from pushforward.programs.export import export_programs
 from pushforward.publish.card import model_card
 from pushforward.publish.certify import Draft, Rows, certify, gather
@@ -40,7 +40,7 @@ from pushforward.publish.recognise import recognise
 from pushforward.scoring.calibration import Calibration
 from pushforward.solvers.solve import log_density
 from pushforward.solvers.tableau import METHODS
-from pushforward.store.manifest import MANIFEST, FileEntry, Manifest, check_name, sha256_file
+from pushforward.store.manifest import MANIFEST, FileEntry, Manifest, Solver, check_name, sha256_file
 
 __all__ = ["publish"]
 
@@ -156,10 +156,9 @@ def publish(
             raise PublishFailed(
                 f"{int(np.isnan(served).sum())} calibration rows have no log-density: solving them failed."
             )
-        golden = run_chunk(draft, default_chunk(solver, *rows.first(GOLDEN_ROWS)[:2])).log_density
         contents = {
             "weights.safetensors": _weights(flow),
-            "golden.safetensors": _golden(rows, golden),
+            "golden.safetensors": _golden(draft, solver, rows),
             "MODEL_CARD.md": model_card(
                 name,
                 description,
@@ -276,9 +275,17 @@ def architecture(field: nn.Module) -> dict[str, Scalar | list[int]]:
     return {"class": type(inner).__qualname__}
 
 
-def _golden(rows: Rows, served: NDArray[np.float64]) -> bytes:
+def _golden(draft: Draft, solver: Solver, rows: Rows) -> bytes:
+    """Rows with their references x, z and log p, and what the programs made of them: see ``loading``."""
     x, context, reference = rows.first(GOLDEN_ROWS)
-    arrays = {"x": x, "log_density": reference, "served": served}
+    z = np.where(np.isfinite(reference)[:, None], rows.z[:GOLDEN_ROWS], np.nan)  # none outside the support
+    arrays = {
+        "x": x,
+        "z": z,
+        "log_density": reference,
+        "served": run_chunk(draft, default_chunk(solver, x, context)).log_density,
+        "decoded": run_chunk(draft, sample_chunk(solver, z, context)).value,
+    }
     return save_arrays(arrays if context is None else {**arrays, "context": context})
 
 

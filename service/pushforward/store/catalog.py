@@ -121,8 +121,38 @@ class Catalog:
             NotFound: for an unknown model, version or label, listing what exists.
             InvalidModel: when the manifest is broken or belongs to another folder.
         """
-        folder = self.root / name / str(self._number(name, version))
+        folder = self.root / name / str(self.candidates(name, version)[0])
         return ModelVersion(_read(folder), folder)
+
+    def candidates(self, name: str, version: str | int | None = None) -> list[int]:
+        """The version numbers that a request may mean, best first.
+
+        Args:
+            name: the model.
+            version: a number or a label means one version; None means the label "stable" if it is set, else
+                every version from the newest on.
+
+        Raises:
+            NotFound: for an unknown model, version or label, listing what exists.
+            InvalidModel: when the model's labels.json is needed and broken.
+        """
+        numbers = self.versions(name)
+        # Labels begin with a letter, so a text is a number or a label; "03" is neither.
+        wanted = DEFAULT_LABEL if version is None else str(version)
+        number = int(wanted) if _NUMBER.fullmatch(wanted) else None
+        if number in numbers:
+            return [int(wanted)]
+        labels = self.labels(name)
+        if version is None and DEFAULT_LABEL not in labels:
+            return numbers[::-1]
+        number = labels.get(wanted, number)
+        if number is None or number not in numbers:
+            known = [*map(str, numbers), *labels]
+            what = f"{shown(wanted)} (which is {number})" if wanted in labels else shown(wanted)
+            raise NotFound(
+                f"Model {name} has no version or label {what}: it has {', '.join(known)}.", known=known
+            )
+        return [number]
 
     def set_label(self, name: str, label: str, version: str | int) -> None:
         """Make a label of a model point at a version, atomically.
@@ -196,21 +226,6 @@ class Catalog:
             return sorted(int(entry) for entry in _folders(self.root / name) if _NUMBER.fullmatch(entry))
         except OSError:
             return []
-
-    def _number(self, name: str, version: str | int | None) -> int:
-        numbers, labels = self.versions(name), self.labels(name)
-        if version is None:
-            version = DEFAULT_LABEL if DEFAULT_LABEL in labels else numbers[-1]
-        # Labels begin with a letter, so a text is a number or a label; "03" is neither.
-        wanted = str(version)
-        number = int(wanted) if _NUMBER.fullmatch(wanted) else labels.get(wanted)
-        if number is None or number not in numbers:
-            known = [*map(str, numbers), *labels]
-            what = f"{shown(wanted)} (which is {number})" if wanted in labels else shown(wanted)
-            raise NotFound(
-                f"Model {name} has no version or label {what}: it has {', '.join(known)}.", known=known
-            )
-        return number
 
     @contextlib.contextmanager
     def _changing_labels(self, name: str) -> Iterator[dict[str, int]]:

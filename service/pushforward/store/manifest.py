@@ -178,6 +178,11 @@ class Manifest(_Record):
         return len(self.context_features)
 
     @property
+    def program_bytes(self) -> int:
+        """Size of its programs together: what keeping it loaded is reckoned to cost."""
+        return sum(self.files[path].bytes for path in set(self.programs.values()))
+
+    @property
     def exact(self) -> bool:
         """Whether log-densities are exact up to solver error, rather than random estimates."""
         return self.divergence != "hutchinson"
