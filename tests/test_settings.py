@@ -73,3 +73,10 @@ def test_the_default_deadline_cannot_be_above_the_longest(monkeypatch: pytest.Mo
 def test_every_setting_says_what_it_does() -> None:
     for name, field in Settings.model_fields.items():
         assert field.description, name
+
+
+def test_the_table_of_settings_in_the_docs_is_this(checkout: Path) -> None:
+    text = (checkout / "docs" / "operations.md").read_text()
+    for name, field in Settings.model_fields.items():
+        default = "" if field.default is None else f"`{field.default}`"
+        assert f"| `PUSHFORWARD_{name.upper()}` | {default} | {field.description} |" in text

@@ -13,10 +13,13 @@ import pytest
 
 from pushforward.engine.request import Status
 from pushforward.messages import (
+    Beat,
     Cancel,
     Failed,
     FrameReader,
     FromWorker,
+    ModelState,
+    Probe,
     Ready,
     Result,
     Setup,
@@ -26,15 +29,16 @@ from pushforward.messages import (
 )
 
 PATIENCE_S = 60
+BUNDLED = Path(__file__).parents[1] / "model_store"
 
 
 class Parent:
     """The other end of a worker."""
 
-    def __init__(self, store: Path, models: list[tuple[str, int]]) -> None:
+    def __init__(self, store: Path, versions: str, load: str) -> None:
         self.socket, theirs = socket.socketpair()
         self.socket.settimeout(PATIENCE_S)
-        setup = Setup(str(store), models, slots=16, log_level="info", log_format="json")
+        setup = Setup(str(store), versions, load, 0.1, None, "cpu", 16, 4.0, "info", "json")
         with theirs:
             self.process = subprocess.Popen(
                 [
@@ -51,12 +55,16 @@ class Parent:
         self.frames = FrameReader()
         self.unread: list[FromWorker] = []
 
-    def next(self) -> FromWorker:
-        while not self.unread:
-            data = self.socket.recv(1 << 16)
-            assert data, "the worker closed the socket"
-            self.unread += map(decode_from_worker, self.frames.feed(data))
-        return self.unread.pop(0)
+    def next(self, *kinds: type) -> FromWorker:
+        """The next message, but for beats and news of models; or the next of one of the kinds."""
+        while True:
+            while not self.unread:
+                data = self.socket.recv(1 << 16)
+                assert data, "the worker closed the socket"
+                self.unread += map(decode_from_worker, self.frames.feed(data))
+            message = self.unread.pop(0)
+            if isinstance(message, kinds or (Ready, Result, Failed)):
+                return message
 
     def leave(self) -> tuple[int, str]:
         """Closes the socket; the worker's exit status and log."""
@@ -66,20 +74,33 @@ class Parent:
 
 
 def work(
-    id: str, rows: int = 2, *, model: str = "pair", version: int = 1, deadline: float | None = None
+    id: str, rows: int = 2, *, model: str = "moons", version: int = 1, deadline: float | None = None
 ) -> Work:
     x = np.random.default_rng(1).normal(size=(rows, 2))
     return Work(
-        id, model, version, "encode", True, "float32", x, None, 1e-5, 1e-5, 1e-5, 1000, deadline=deadline
+        id,
+        model,
+        version,
+        "encode",
+        True,
+        "float32",
+        x,
+        None,
+        1e-5,
+        1e-5,
+        1e-5,
+        1000,
+        deadline=deadline,
+        fence=7,
     )
 
 
 @pytest.fixture
-def hire(store: Path) -> Iterator[Callable[..., Parent]]:
+def hire() -> Iterator[Callable[..., Parent]]:
     parents = []
 
-    def hire(*models: tuple[str, int], at: Path = store) -> Parent:
-        parents.append(Parent(at, list(models)))
+    def hire(versions: str = "moons/1", load: str = "start", at: Path = BUNDLED) -> Parent:
+        parents.append(Parent(at, versions, load))
         return parents[-1]
 
     yield hire
@@ -90,35 +111,57 @@ def hire(store: Path) -> Iterator[Callable[..., Parent]]:
 
 
 def test_it_loads_what_it_is_told_and_says_what_failed(hire: Callable[..., Parent]) -> None:
-    parent = hire(("pair", 1), ("pear", 1))
-    ready = parent.next()
-    assert isinstance(ready, Ready)
-    assert ready.loaded == [("pair", 1)]
-    ((name, version, reason),) = ready.failed
-    assert (name, version) == ("pear", 1)
-    assert "no model 'pear'" in reason
-    assert ready.seconds > 0
-    status, log = parent.leave()
-    assert status == 0
-    assert '"event":"model loaded","model":"pair","version":1' in log
+    parent = hire("moons/1,moon/1")
+    states = {}
+    while not isinstance(message := parent.next(ModelState, Ready), Ready):
+        states[message.model, message.version] = message
+    assert states["moons", 1].state == "ready"
+    assert states["moon", 1].state == "failed"
+    assert "no model 'moon'" in states["moon", 1].reason
+    assert message.seconds > 0
+    assert parent.leave()[0] == 0
 
 
 def test_chunks_are_answered_as_they_finish_and_errors_in_between(hire: Callable[..., Parent]) -> None:
     parent = hire()
+    assert isinstance(parent.next(), Ready)
     parent.socket.sendall(
-        frame(work("many", 200)) + frame(work("none", model="pear")) + frame(work("few", 1))
+        frame(work("many", 200)) + frame(work("none", model="moon")) + frame(work("few", 1))
     )
     answers = {}
-    assert isinstance(parent.next(), Ready)
     while len(answers) < 3:
         message = parent.next()
         assert isinstance(message, Result | Failed)
+        assert message.fence == 7
         answers[message.id] = message
-    assert list(answers) == ["none", "few", "many"]
     failed = answers["none"]
     assert isinstance(failed, Failed)
-    assert (failed.code, failed.detail) == ("not-found", {"known": ["pair"]})
-    assert [len(answers[id].status) for id in ("few", "many")] == [1, 200]
+    assert failed.code == "not-found"
+    assert "no model 'moon'" in failed.message
+    assert list(answers).index("few") < list(answers).index("many")
+    assert [len(answers[id].status) for id in ("few", "many")] == [1, 200]  # type: ignore[union-attr]
+
+
+def test_a_chunk_waits_for_its_version_to_be_loaded(hire: Callable[..., Parent]) -> None:
+    parent = hire(load="first-use")
+    assert isinstance(parent.next(), Ready)
+    parent.socket.sendall(frame(work("a")) + frame(work("gone")) + frame(Cancel("gone")) + frame(work("b")))
+    assert [parent.next().id for _ in range(2)] == ["a", "b"]  # type: ignore[union-attr]
+
+
+def test_it_says_how_far_it_is_while_it_works_and_when_it_is_asked(hire: Callable[..., Parent]) -> None:
+    parent = hire()
+    assert isinstance(parent.next(), Ready)
+    parent.socket.sendall(frame(Probe()))
+    idle = parent.next(Beat)
+    assert isinstance(idle, Beat)
+    assert (idle.running, idle.waiting) == (0, 0)
+    parent.socket.sendall(frame(work("a", 500)))
+    beats = [parent.next(Beat)]
+    while beats[-1].running or beats[-1].waiting or not beats[-1].steps:  # type: ignore[union-attr]
+        beats.append(parent.next(Beat))
+    assert sum(sum(beat.counts.status.values()) for beat in beats) == 500  # type: ignore[union-attr]
+    assert sum(sum(beat.counts.step_seconds) for beat in beats) == beats[-1].steps - idle.steps  # type: ignore[union-attr]
 
 
 def test_messages_may_arrive_in_pieces(hire: Callable[..., Parent]) -> None:
@@ -142,7 +185,7 @@ def test_a_reader_that_is_slow_does_not_lose_anything(hire: Callable[..., Parent
 
 
 def test_cancelled_rows_are_not_answered(hire: Callable[..., Parent]) -> None:
-    parent = hire(("pair", 1))
+    parent = hire()
     assert isinstance(parent.next(), Ready)
     parent.socket.sendall(frame(work("gone", 5000)) + frame(Cancel("gone")) + frame(Cancel("never was")))
     parent.socket.sendall(frame(work("next")))
@@ -152,7 +195,7 @@ def test_cancelled_rows_are_not_answered(hire: Callable[..., Parent]) -> None:
 
 
 def test_a_deadline_is_wall_clock_time(hire: Callable[..., Parent]) -> None:
-    parent = hire(("pair", 1))
+    parent = hire()
     assert isinstance(parent.next(), Ready)
     parent.socket.sendall(frame(work("late", deadline=1.0)))
     result = parent.next()
@@ -161,7 +204,7 @@ def test_a_deadline_is_wall_clock_time(hire: Callable[..., Parent]) -> None:
 
 
 def test_signals_do_not_end_it_and_the_end_of_its_socket_does(hire: Callable[..., Parent]) -> None:
-    parent = hire(("pair", 1))
+    parent = hire()
     assert isinstance(parent.next(), Ready)
     parent.process.send_signal(signal.SIGTERM)
     parent.process.send_signal(signal.SIGINT)

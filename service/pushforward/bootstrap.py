@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import logging
 import math
+import os
 import signal
 import socket
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 from pushforward import logs
 from pushforward.broker.local import LocalBroker
-from pushforward.dataplane import Dataplane, Limits
-from pushforward.errors import InvalidModel, UsageError
+from pushforward.dataplane import Admission, Dataplane, Limits
+from pushforward.errors import UsageError
 from pushforward.messages import Setup
+from pushforward.metrics import Metrics
+from pushforward.programs.devices import check_devices, gpus
 from pushforward.settings import Settings
 from pushforward.store.catalog import Catalog
 
@@ -40,15 +44,18 @@ def serve(settings: Settings) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)
     catalog = Catalog(settings.store)
-    broker = LocalBroker(
-        _setup(settings, _served(catalog) if settings.load == "start" else [], settings.log_level)
-    )
+    catalog.models()  # no store is an error now, not a server without models
+    admission = Admission(settings.max_queue_rows, settings.max_queue_bytes)
+    metrics = Metrics(admission)
+    broker = LocalBroker(_setups(settings), settings.stall_s, metrics.engine)
+    metrics.engine.models = broker.models
     listener = _listening(settings.host, settings.port)
     broker.spawn()  # it loads its models while this process imports what only serving needs
 
     import uvicorn
 
     from pushforward.api.app import build
+    from pushforward.api.server import Server
 
     limits = Limits(
         rows=settings.max_rows,
@@ -56,8 +63,10 @@ def serve(settings: Settings) -> None:
         timeout_ms=settings.timeout_ms,
         max_timeout_ms=settings.max_timeout_ms,
         chunk_rows=settings.chunk_rows,
+        interactive_rows=settings.interactive_rows,
     )
-    app = build(Dataplane(catalog, broker, limits), settings.max_body_bytes)
+    plane = Dataplane(catalog, broker, limits, admission, settings.canary_share)
+    app = build(plane, metrics, settings.max_body_bytes)
     config = uvicorn.Config(
         app,
         loop="uvloop",
@@ -77,53 +86,55 @@ def serve(settings: Settings) -> None:
     shown = f"[{host}]" if ":" in host else host
     log.info("listening", extra=logs.fields(url=f"http://{shown}:{port}", docs=f"http://{shown}:{port}/docs"))
     gc.freeze()  # what is there now stays: collections need not look at it again and again
-    uvicorn.Server(config).run(sockets=[listener])
+    Server(config, broker).run(sockets=[listener])
 
 
 @asynccontextmanager
-async def offline(settings: Settings, catalog: Catalog, version: tuple[str, int]) -> AsyncIterator[Dataplane]:
-    """A data plane with a worker process and without a server, for as long as the block runs.
+async def offline(settings: Settings, catalog: Catalog) -> AsyncIterator[Dataplane]:
+    """A data plane with worker processes and without a server, for as long as the block runs.
 
     Args:
         settings: of which the limits and deadlines, which protect a server, do not apply.
-        catalog: where the model is.
-        version: the model version to load.
+        catalog: where the models are.
     """
-    broker = LocalBroker(_setup(settings, [version], "warning"))
+    quiet = {"load": "first-use", "log_level": "warning", "workers": settings.workers or 1}
+    broker = LocalBroker(_setups(settings.model_copy(update=quiet)), settings.stall_s)
     limits = Limits(
         rows=_UNLIMITED,
         samples=_UNLIMITED,
         timeout_ms=None,
         max_timeout_ms=_UNLIMITED,
         chunk_rows=settings.chunk_rows,
+        interactive_rows=_UNLIMITED,
     )
     await broker.start()
     try:
-        yield Dataplane(catalog, broker, limits)
+        yield Dataplane(catalog, broker, limits, Admission(_UNLIMITED, _UNLIMITED))
     finally:
         await broker.close()
 
 
-def _served(catalog: Catalog) -> list[tuple[str, int]]:
-    """What a request without a version number can mean: the default of each model, and those with labels."""
-    versions: list[tuple[str, int]] = []
-    for name in catalog.models():
-        try:
-            default = catalog.resolve(name).manifest.version
-            versions += [(name, number) for number in sorted({default, *catalog.labels(name).values()})]
-        except InvalidModel as error:
-            log.error("model cannot be served", extra=logs.fields(model=name, reason=error.message))
-    return versions
-
-
-def _setup(settings: Settings, versions: Sequence[tuple[str, int]], log_level: str) -> Setup:
-    return Setup(
-        store=str(settings.store),
-        models=list(versions),
-        slots=settings.slots,
-        log_level=log_level,
-        log_format=settings.log_format,
-    )
+def _setups(settings: Settings) -> list[Setup]:
+    """One for each worker."""
+    devices = gpus() or ["cpu"] if settings.device == "auto" else settings.device.split(",")
+    check_devices(devices)
+    spare_cores = max(1, len(os.sched_getaffinity(0)) - 1)
+    workers = settings.workers or (spare_cores if devices == ["cpu"] else len(devices))
+    return [
+        Setup(
+            store=str(settings.store),
+            versions=settings.versions,
+            load=settings.load,
+            watch_s=settings.watch_s,
+            model_memory_mb=settings.model_memory_mb,
+            device=device,
+            slots=settings.slots,
+            step_budget_ms=settings.step_budget_ms,
+            log_level=settings.log_level,
+            log_format=settings.log_format,
+        )
+        for device in itertools.islice(itertools.cycle(devices), workers)
+    ]
 
 
 def _listening(host: str, port: int) -> socket.socket:

@@ -16,14 +16,23 @@ import numpy.typing as npt
 
 __all__ = [
     "MAX_FRAME_BYTES",
+    "NFE",
+    "OCCUPANCY",
+    "STEP_SECONDS",
+    "Beat",
     "Cancel",
+    "Counts",
     "Failed",
     "FrameReader",
     "FromWorker",
+    "Load",
+    "ModelState",
+    "Probe",
     "Ready",
     "Result",
     "Setup",
     "ToWorker",
+    "Unload",
     "Work",
     "decode_from_worker",
     "decode_to_worker",
@@ -33,6 +42,11 @@ __all__ = [
 MAX_FRAME_BYTES = 1 << 30
 _LENGTH = struct.Struct("<I")
 _DTYPES = frozenset({"<f8", "<i4", "|u1"})  # nothing that could carry an object
+
+# Upper edges of the histograms that engines keep.
+STEP_SECONDS = tuple(round(m * 10.0**e, 7) for e in range(-5, 1) for m in (1, 2, 5))
+OCCUPANCY = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+NFE = (7, 13, 19, 31, 43, 61, 91, 121, 181, 241, 361, 601, 1201, 2401, 6001, 12_001)
 
 Floats = npt.NDArray[np.float64]
 Ints = npt.NDArray[np.int32]
@@ -44,10 +58,18 @@ class Setup(msgspec.Struct, frozen=True):
 
     store: str
     """Folder of the model store."""
-    models: list[tuple[str, int]]
-    """Versions to load before saying ``Ready``; any other is loaded when it is first asked for."""
+    versions: str
+    """Which versions to keep loaded, as ``settings.Settings.versions`` says it."""
+    load: str
+    """``start``: load them before saying ``Ready``; ``first-use``: when a chunk needs them."""
+    watch_s: float
+    """Seconds between two looks into the store."""
+    model_memory_mb: int | None
+    device: str
+    """``cpu`` or ``cuda:<number>``."""
     slots: int
     """Rows that may run at once."""
+    step_budget_ms: float
     log_level: str
     log_format: str
 
@@ -77,6 +99,12 @@ class Work(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """Where to stop for a point on the way; None goes to the end of the model's interval."""
     deadline: float | None = None
     """Unix time in seconds, so that it means the same on another machine."""
+    bulk: bool = False
+    """Whether its rows give way to interactive ones."""
+    fence: int = 0
+    """Counts how often the chunk has been handed out; an answer with an older one is discarded."""
+    request: str = ""
+    """What the chunks of one request have in common: requests take turns."""
 
 
 class Cancel(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -85,12 +113,42 @@ class Cancel(msgspec.Struct, tag=True, array_like=True, frozen=True):
     id: str
 
 
+class Load(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """Load a version now, and keep it whatever the policy."""
+
+    model: str
+    version: int
+
+
+class Unload(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """Finish the rows of a version, then forget it until it is asked for with ``Load``."""
+
+    model: str
+    version: int
+
+
+class Probe(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """Take a turn of the loop and say so with a ``Beat``: how an idle worker proves itself."""
+
+
+class ModelState(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """What has become of a version in a worker."""
+
+    model: str
+    version: int
+    state: str
+    """``loading``, ``ready``, ``failed`` or ``unloaded``."""
+    reason: str = ""
+    """Why it is not to be had; without one, an unloaded version is loaded again when it is asked for."""
+    seconds: float = 0.0
+    """How long loading took."""
+    code: str = ""
+    """Of the error that the reason is the message of."""
+
+
 class Ready(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """A worker has loaded what it was told to load, as far as that was possible."""
 
-    loaded: list[tuple[str, int]]
-    failed: list[tuple[str, int, str]]
-    """Model, version and the reason."""
     seconds: float
     """How long it took."""
 
@@ -113,6 +171,12 @@ class Result(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """[n]: values of ``engine.request.Status``."""
     t: Floats
     """[n]: time reached."""
+    fence: int = 0
+    """That of the ``Work``."""
+    queue_s: float = 0.0
+    """From the chunk's arrival at the worker until its first row ran."""
+    solve_s: float = 0.0
+    """From then until its last row left."""
 
 
 class Failed(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -122,10 +186,48 @@ class Failed(msgspec.Struct, tag=True, array_like=True, frozen=True):
     code: str
     message: str
     detail: dict[str, Any]
+    fence: int = 0
+    """That of the ``Work``."""
 
 
-ToWorker = Work | Cancel
-FromWorker = Ready | Result | Failed
+class Counts(msgspec.Struct, array_like=True):
+    """What an engine has done since it was last asked; two of them add up."""
+
+    step_seconds: list[int] = msgspec.field(default_factory=lambda: [0] * (len(STEP_SECONDS) + 1))
+    """Steps of a batch, by the first of ``STEP_SECONDS`` that they do not exceed."""
+    step_seconds_sum: float = 0.0
+    occupancy: list[int] = msgspec.field(default_factory=lambda: [0] * (len(OCCUPANCY) + 1))
+    """Steps of a batch, by the first of ``OCCUPANCY`` (rows) that they do not exceed."""
+    occupancy_sum: int = 0
+    nfe: list[int] = msgspec.field(default_factory=lambda: [0] * (len(NFE) + 1))
+    """Rows that left, by the first of ``NFE`` (evaluations of the field) that they do not exceed."""
+    nfe_sum: int = 0
+    accepted: int = 0
+    """Accepted steps of the rows that left."""
+    rejected: int = 0
+    status: dict[int, int] = {}
+    """Rows that left, by ``engine.request.Status``."""
+
+    def longest_step_s(self) -> float:
+        """A bound of the longest step among these, seconds; 0 without steps."""
+        edges = (*STEP_SECONDS, self.step_seconds_sum)
+        return max((edge for edge, steps in zip(edges, self.step_seconds, strict=True) if steps), default=0.0)
+
+
+class Beat(msgspec.Struct, tag=True, array_like=True, frozen=True):
+    """A worker's loop has made progress since the last one."""
+
+    steps: int
+    """Steps of a batch since the worker started."""
+    running: int
+    """Rows in slots."""
+    waiting: int
+    """Rows that wait for a slot."""
+    counts: Counts
+
+
+ToWorker = Work | Cancel | Load | Unload | Probe
+FromWorker = Ready | ModelState | Result | Failed | Beat
 
 
 def _encode_array(value: Any) -> Any:

@@ -15,6 +15,7 @@ from pushforward.errors import UsageError
 __all__ = ["PREFIX", "Settings", "load_settings"]
 
 PREFIX = "PUSHFORWARD_"
+VERSIONS = r"^(latest(:[1-9][0-9]{0,4})?|all|[^/,\s]+/[1-9][0-9]{0,8}(,[^/,\s]+/[1-9][0-9]{0,8})*)$"
 
 
 class Settings(BaseSettings):
@@ -32,12 +33,31 @@ class Settings(BaseSettings):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port to listen on; 0 takes a free one and the log says which."""
 
-    load: Literal["start", "first-use"] = "start"
-    """When models are loaded: the default version of each before the server is ready, or when first asked."""
+    device: Annotated[str, Field(pattern=r"^(auto|(cpu|cuda:[0-9]+)(,(cpu|cuda:[0-9]+))*)$")] = "auto"
+    """Where workers integrate: cpu, cuda:0, or several with commas between; auto: every GPU, else the CPU."""
+    workers: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """Worker processes, over the devices in turn; unless given, one for each GPU, or all cores but one."""
+    stall_s: Annotated[float, Field(ge=0.2, le=3600)] = 10.0
+    """Seconds without a step after which a worker that holds rows is taken for stuck, and replaced."""
     slots: Annotated[int, Field(ge=1, le=65536)] = 256
     """Rows that a worker integrates at once."""
+    step_budget_ms: Annotated[float, Field(gt=0, le=60_000)] = 4.0
+    """Longest step, in milliseconds, that bulk rows may make while interactive rows run beside them."""
     chunk_rows: Annotated[int, Field(ge=1, le=65536)] = 256
     """Rows of a request that travel together to a worker."""
+    interactive_rows: Annotated[int, Field(ge=0)] = 256
+    """Requests of more rows are bulk, which gives way to interactive ones, unless they set their priority."""
+
+    load: Literal["start", "first-use"] = "start"
+    """When models are loaded: before the server is ready, or when they are first asked for."""
+    versions: Annotated[str, Field(pattern=VERSIONS)] = "latest"
+    """Versions to load, beside labelled ones: latest, latest:3 of each, all, or a list: wine/2,moons/1."""
+    watch_s: Annotated[float, Field(ge=0.05, le=86_400)] = 2.0
+    """Seconds between two looks into the store for new versions and moved labels."""
+    model_memory_mb: Annotated[int, Field(ge=1)] | None = None
+    """Megabytes of programs a worker keeps loaded; beyond, those unused for longest go. None for no bound."""
+    canary_share: Annotated[float, Field(ge=0, le=1)] = 0.1
+    """Share of the requests without a version that go to the one labelled "canary", where there is one."""
 
     max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = 16 << 20
     """Largest request body, in bytes; other requests wait while one is read, some 5 ms per megabyte."""
@@ -45,6 +65,10 @@ class Settings(BaseSettings):
     """Most rows that one request may make the engine integrate (rows, or rows × times of a path)."""
     max_samples: Annotated[int, Field(ge=1)] = 100_000
     """Most samples that one request may ask for."""
+    max_queue_rows: Annotated[int, Field(ge=1)] = 400_000
+    """Most rows of all requests together that wait or run; beyond, requests are refused with 503."""
+    max_queue_bytes: Annotated[int, Field(ge=1024)] = 1 << 30
+    """Most bytes of all bodies and rows together that are held; beyond, requests are refused with 503."""
     timeout_ms: Annotated[int, Field(ge=1)] = 30_000
     """Deadline of a request that does not set its own, in milliseconds."""
     max_timeout_ms: Annotated[int, Field(ge=1)] = 600_000

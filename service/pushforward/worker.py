@@ -2,8 +2,9 @@
 
     python -m pushforward.worker FD SETUP
 
-Loads models, says ``Ready``, then turns in one loop: take messages (waiting only when no row runs), make
-one engine step, send the answers that are finished. It ends when its socket does.
+One loop: take messages (waiting only when no row runs), make one engine step, send the answers that are
+finished, and now and then a ``Beat`` that says so. Versions are loaded and let go by the keeper's thread
+meanwhile; a chunk whose version is not there yet is parked. It ends when its socket does.
 """
 
 from __future__ import annotations
@@ -23,28 +24,34 @@ import msgspec
 from pushforward import logs
 from pushforward.engine.engine import Engine
 from pushforward.engine.request import Answer, Chunk, Kind
-from pushforward.errors import PushforwardError
-from pushforward.loading import LoadedModel, load_model
+from pushforward.errors import PushforwardError, from_code
+from pushforward.keeper import Keeper
+from pushforward.loading import LoadedModel
 from pushforward.messages import (
+    Beat,
     Cancel,
     Failed,
     FrameReader,
     FromWorker,
+    Load,
+    Probe,
     Ready,
     Result,
     Setup,
     ToWorker,
+    Unload,
     Work,
     decode_to_worker,
     frame,
 )
 from pushforward.store.catalog import Catalog
 
-__all__ = ["Channel", "Models", "main", "serve"]
+__all__ = ["Channel", "Worker", "main"]
 
 log = logging.getLogger("pushforward.worker")  # __name__ is "__main__" here
 
 _LOOK_S = 0.0002  # between two looks at the socket: the step of one row is so short that a look would be felt
+_BEAT_S = 0.1  # between two signs of progress
 _READ_BYTES = 1 << 16  # a larger buffer would be mapped and unmapped at every read
 
 
@@ -60,13 +67,18 @@ class Channel:
         self._poll.register(sock, select.POLLIN)
         self.open = True
 
-    def receive(self, *, wait: bool) -> list[ToWorker]:
+    def listen_to(self, descriptor: int) -> None:
+        """End a wait when this can be read, too."""
+        self._poll.register(descriptor, select.POLLIN)
+
+    def receive(self, patience_s: float | None) -> list[ToWorker]:
         """Messages that have arrived.
 
         Args:
-            wait: until something happens: a message, the end of the stream, or room for what is unsent.
+            patience_s: how long to wait for something to happen: a message, the end of the stream, or room
+                for what is unsent; None for as long as it takes.
         """
-        if not self._poll.poll(None if wait else 0):
+        if not self._poll.poll(None if patience_s is None else 1000 * patience_s):
             return []
         if self._unsent:
             self._flush()
@@ -106,71 +118,130 @@ class Channel:
         self._poll.modify(self._socket, select.POLLIN | (select.POLLOUT if self._unsent else 0))
 
 
-class Models:
-    """The models of this process, loaded when they are first asked for."""
+class Worker:
+    """The loop of a worker process.
 
-    def __init__(self, catalog: Catalog) -> None:
-        self._catalog = catalog
-        self._loaded: dict[tuple[str, int], LoadedModel] = {}
+    Args:
+        channel: the way to the parent.
+        setup: what this worker is to be.
+    """
 
-    def __call__(self, name: str, version: int) -> LoadedModel:
-        """The loaded model.
+    def __init__(self, channel: Channel, setup: Setup) -> None:
+        self._channel = channel
+        self._keeper = Keeper(
+            Catalog(Path(setup.store)),
+            setup.versions,
+            setup.load,
+            setup.watch_s,
+            setup.model_memory_mb,
+            setup.device,
+        )
+        self._engine = Engine(self._model, slots=setup.slots, step_budget_s=setup.step_budget_ms / 1000)
+        self._parked: dict[tuple[str, int], list[Work]] = {}  # chunks whose version is being loaded
+        self._fences: dict[str, int] = {}  # of the chunks in the engine
+        self._ready = False
+        self._told = 0.0  # when the last beat was sent
+        self._untold = False  # whether anything has happened since
 
-        Raises:
-            NotFound: when the store has no such version.
-            InvalidModel: when the version does not verify, load, or reproduce its golden rows.
-        """
-        model = self._loaded.get((name, version))
-        if model is None:
-            started = time.monotonic()
-            model = load_model(self._catalog.resolve(name, version).folder)
-            self._loaded[name, version] = model
-            seconds = round(time.monotonic() - started, 3)
-            log.info("model loaded", extra=logs.fields(model=name, version=version, load_s=seconds))
+    def run(self) -> None:
+        """Answer chunks until the channel ends."""
+        self._channel.listen_to(self._keeper.fileno())
+        self._keeper.start()
+        try:
+            self._loop(time.monotonic())
+        finally:
+            self._keeper.close()
+
+    def _loop(self, started: float) -> None:
+        look = 0.0
+        while True:
+            now = time.monotonic()
+            if now >= look or not self._engine.busy:
+                for message in self._channel.receive(self._patience_s()):
+                    self._take(message)
+                if not self._channel.open:
+                    return
+                self._hear_of_models()
+                if not self._ready and self._keeper.initial.is_set():
+                    self._ready = True
+                    self._channel.send(Ready(time.monotonic() - started))
+                    gc.freeze()  # what is there now stays: collections need not look at it again and again
+                look = now + _LOOK_S
+            if self._engine.busy:
+                for answer in self._engine.step():
+                    self._channel.send(_result(answer, self._fences.pop(answer.id)))
+                if not self._engine.busy:
+                    self._let_go()
+                self._untold = True
+            if now - self._told >= _BEAT_S and (self._untold or not self._ready):
+                self._beat()
+
+    def _patience_s(self) -> float | None:
+        """How long to wait for a message: not at all with rows in flight, for ever with nothing to tell."""
+        if self._engine.busy:
+            return 0.0
+        return _BEAT_S if self._untold or not self._ready else None
+
+    def _take(self, message: ToWorker) -> None:
+        match message:
+            case Work():
+                if self._keeper.get(message.model, message.version) is not None:
+                    self._submit(message)
+                else:
+                    self._parked.setdefault((message.model, message.version), []).append(message)
+                    self._keeper.want(message.model, message.version)
+            case Cancel():
+                self._engine.cancel(message.id)
+                self._fences.pop(message.id, None)
+                for works in self._parked.values():
+                    works[:] = [work for work in works if work.id != message.id]
+            case Load():
+                self._keeper.load(message.model, message.version)
+            case Unload():
+                self._keeper.unload(message.model, message.version)
+            case Probe():
+                self._beat()
+
+    def _submit(self, work: Work) -> None:
+        try:
+            self._engine.submit(_chunk(work))
+        except PushforwardError as error:
+            self._fail(work, error)
+        else:
+            self._fences[work.id] = work.fence
+
+    def _fail(self, work: Work, error: PushforwardError) -> None:
+        self._channel.send(Failed(work.id, error.code, error.message, error.detail, work.fence))
+
+    def _hear_of_models(self) -> None:
+        """Pass on what has become of versions; begin or fail the chunks that waited for them."""
+        for news in self._keeper.events():
+            self._channel.send(news)
+            if news.state not in ("ready", "failed"):
+                continue
+            for work in self._parked.pop((news.model, news.version), []):
+                if news.state == "ready":
+                    self._submit(work)
+                else:
+                    self._fail(work, from_code(news.code, news.reason))
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Give back the versions that are to go and have no rows left."""
+        for model, version in self._keeper.dropping():
+            if not self._engine.rows_of(model, version):
+                self._engine.forget(model, version)
+                self._keeper.dropped(model, version)
+
+    def _model(self, name: str, version: int) -> LoadedModel:
+        model = self._keeper.get(name, version)
+        assert model is not None  # looked up before submitting
         return model
 
-
-def serve(channel: Channel, setup: Setup) -> None:
-    """Load what ``setup`` says and answer chunks until the channel ends."""
-    models = Models(Catalog(Path(setup.store)))
-    channel.send(_load(models, setup))
-    gc.freeze()  # what is there now stays: collections need not look at it again and again
-    engine = Engine(models, slots=setup.slots)
-    look = 0.0
-    while True:
-        now = time.monotonic()
-        if now >= look or not engine.busy:
-            for message in channel.receive(wait=not engine.busy):
-                _take(message, engine, channel)
-            if not channel.open:
-                return
-            look = now + _LOOK_S
-        for answer in engine.step():
-            channel.send(_result(answer))
-
-
-def _load(models: Models, setup: Setup) -> Ready:
-    started = time.monotonic()
-    loaded: list[tuple[str, int]] = []
-    failed: list[tuple[str, int, str]] = []
-    for name, version in setup.models:
-        try:
-            models(name, version)
-            loaded.append((name, version))
-        except PushforwardError as error:
-            failed.append((name, version, error.message))
-    return Ready(loaded, failed, time.monotonic() - started)
-
-
-def _take(message: ToWorker, engine: Engine, channel: Channel) -> None:
-    match message:
-        case Work():
-            try:
-                engine.submit(_chunk(message))
-            except PushforwardError as error:
-                channel.send(Failed(message.id, error.code, error.message, error.detail))
-        case Cancel():
-            engine.cancel(message.id)
+    def _beat(self) -> None:
+        engine = self._engine
+        self._told, self._untold = time.monotonic(), False
+        self._channel.send(Beat(engine.steps, engine.running, engine.waiting, engine.take_counts()))
 
 
 def _chunk(work: Work) -> Chunk:
@@ -191,10 +262,12 @@ def _chunk(work: Work) -> Chunk:
         context=work.context,
         t_end=work.t_end,
         deadline=deadline,
+        bulk=work.bulk,
+        request=work.request,
     )
 
 
-def _result(answer: Answer) -> Result:
+def _result(answer: Answer, fence: int) -> Result:
     return Result(
         id=answer.id,
         value=answer.value,
@@ -205,6 +278,9 @@ def _result(answer: Answer) -> Result:
         nfe=answer.nfe,
         status=answer.status,
         t=answer.t,
+        fence=fence,
+        queue_s=answer.queue_s,
+        solve_s=answer.solve_s,
     )
 
 
@@ -217,7 +293,7 @@ def main(descriptor: str, setup: str) -> None:
     logs.configure(options.log_level, options.log_format)
     with socket.socket(fileno=int(descriptor)) as sock:
         try:
-            serve(Channel(sock), options)
+            Worker(Channel(sock), options).run()
         except Exception:
             # An engine in an unknown state must not answer anybody: the parent starts another.
             log.exception("worker failed")

@@ -1,26 +1,62 @@
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.poison import poison
 
 from pushforward.messages import Setup, Work
 
+BUNDLED = Path(__file__).parents[2] / "model_store"
+
+
+def setup_for(store: Path, **changes: object) -> Setup:
+    fields = {
+        "store": str(store),
+        "versions": "moons/1",
+        "load": "start",
+        "watch_s": 0.1,
+        "model_memory_mb": None,
+        "device": "cpu",
+        "slots": 64,
+        "step_budget_ms": 4.0,
+        "log_level": "warning",
+        "log_format": "text",
+    }
+    return Setup(**(fields | changes))  # type: ignore[arg-type]
+
 
 @pytest.fixture
-def setup(store: Path) -> Setup:
-    return Setup(str(store), [("pair", 1)], slots=64, log_level="warning", log_format="text")
+def own_store(tmp_path: Path) -> Path:
+    """A store with moons/1, to be changed."""
+    shutil.copytree(BUNDLED / "moons" / "1", tmp_path / "store" / "moons" / "1")
+    return tmp_path / "store"
 
 
-def work(name: str, rows: int = 3, **changes: object) -> Work:
-    """A chunk for the model "pair"; more rows or a smaller tolerance make it take longer."""
+@pytest.fixture
+def setup() -> Setup:
+    return setup_for(BUNDLED)
+
+
+@pytest.fixture(params=["raise", "hang"])
+def poisoned(request: pytest.FixtureRequest, own_store: Path) -> Setup:
+    """Workers whose step fails, or never ends, for a row at 1e9."""
+    poison(own_store / "moons" / "1", request.param)
+    return setup_for(own_store)
+
+
+def work(name: str, rows: int | np.ndarray = 3, **changes: object) -> Work:
+    """A chunk for the model "moons"; more rows or a smaller tolerance make it take longer."""
+    if isinstance(rows, int):
+        rows = np.random.default_rng(0).normal(size=(rows, 2))
     fields = {
         "id": name,
-        "model": "pair",
+        "model": "moons",
         "version": 1,
         "kind": "encode",
         "density": True,
         "precision": "float64",
-        "rows": np.random.default_rng(0).normal(size=(rows, 2)),
+        "rows": rows,
         "context": None,
         "rtol": 1e-5,
         "atol": 1e-5,

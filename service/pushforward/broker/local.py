@@ -1,264 +1,359 @@
-"""A worker process on this machine, at the other end of a Unix socket pair.
+"""Worker processes on this machine: started, given chunks, watched, and replaced when they die or stall.
 
-The process is started, watched, and replaced when it dies; chunks it had not answered are handed to its
-successor. When this process dies the worker reads the end of its socket and ends too.
+A worker owes a sign of life while it holds chunks: its loop sends a ``Beat`` as long as it makes progress.
+One that is silent for too long is killed, which is the same as if it had died: another takes its place, its
+chunks are handed out again (see ``leases``), and whatever it might still have said can no longer be heard. A
+worker that holds nothing is asked for a beat now and then, so that it is found stuck before a request finds
+it.
 """
 
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
-import os
-import socket
-import subprocess
-import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
-from pathlib import Path
-from typing import cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import msgspec
 
-import pushforward
+from pushforward.broker.base import ATTEMPTS
+from pushforward.broker.leases import Holder, Lease, Leases
+from pushforward.broker.process import Process
 from pushforward.errors import PushforwardError, Unavailable, from_code
 from pushforward.logs import fields
 from pushforward.messages import (
+    Beat,
     Cancel,
     Failed,
-    FrameReader,
     FromWorker,
+    Load,
+    ModelState,
+    Probe,
     Ready,
     Result,
     Setup,
-    ToWorker,
+    Unload,
     Work,
-    decode_from_worker,
-    frame,
 )
+from pushforward.metrics import EngineCollector
 
 __all__ = ["LocalBroker"]
 
 log = logging.getLogger(__name__)
 
-ATTEMPTS = 2  # a chunk that takes two workers down is not given a third
 _MAX_DELAY_S = 5.0
-_EXIT_TIMEOUT_S = 5.0
+_BOOT_S = 60.0  # a new process may be silent for this long
 _GRACE_S = 1.0  # after a deadline, for the worker's own account of it to arrive
-_LOOK_S = 0.25  # between two looks for deadlines that the worker has let pass
+_LOOK_S = 0.25  # between two looks for deadlines that workers have let pass
+_STEPS = 20  # steps that a worker may be silent for, whatever ``stall_s`` is
 
 
-@dataclass
-class _Pending:
-    work: Work
-    answer: asyncio.Future[Result]
-    attempts: int = 0
+@dataclass(eq=False)
+class _Worker:
+    """A place for a worker process, and the process that has it now."""
 
+    number: int
+    setup: str
+    process: Process | None = None
+    holder: Holder[_Worker] | None = None
+    heard: float = 0.0  # when it last made progress, or began to owe some
+    longest_step_s: float = 0.0
+    probed: bool = False
+    failures: int = 0  # processes that have died one after the other before they were ready
+    cause: str = "died"
+    models: dict[tuple[str, int], ModelState] = field(default_factory=dict)
 
-class _Link(asyncio.Protocol):
-    """The parent's end of the socket: cuts what arrives into messages."""
-
-    def __init__(self, on_message: Callable[[FromWorker], None]) -> None:
-        self._on_message = on_message
-        self._frames = FrameReader()
-        self._transport: asyncio.Transport | None = None
-        self.lost = asyncio.get_running_loop().create_future()
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        self._transport = cast(asyncio.Transport, transport)  # uvloop's is no subclass of it
-
-    def data_received(self, data: bytes) -> None:
-        for body in self._frames.feed(data):
-            self._on_message(decode_from_worker(body))
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self._transport = None
-        if not self.lost.done():
-            self.lost.set_result(None)
-
-    def send(self, message: ToWorker) -> None:
-        if self._transport is not None:
-            self._transport.write(frame(message))
-
-    def close(self) -> None:
-        if self._transport is not None:
-            self._transport.close()
+    @property
+    def owes(self) -> bool:
+        """Whether it should be making progress."""
+        return self.holder is not None and (self.probed or bool(self.holder.leases) or not self.holder.ready)
 
 
 class LocalBroker:
-    """Solves chunks in one worker process.
+    """Solves chunks in worker processes.
 
     Args:
-        setup: what the worker is to be.
+        setups: what each worker is to be.
+        stall_s: seconds of silence, beyond twenty of its steps, after which a worker that owes progress is
+            replaced.
+        collector: is told what the workers do.
     """
 
-    def __init__(self, setup: Setup) -> None:
-        self._setup = msgspec.json.encode(setup).decode()
-        self._pending: dict[str, _Pending] = {}
-        self._process: subprocess.Popen[bytes] | None = None
-        self._socket: socket.socket | None = None
-        self._link: _Link | None = None
+    def __init__(
+        self,
+        setups: Sequence[Setup],
+        stall_s: float = 10.0,
+        collector: EngineCollector | None = None,
+    ) -> None:
+        self._stall_s = stall_s
+        self._collector = collector or EngineCollector()
+        self._leases: Leases[_Worker] = Leases(bulk_window=2 * max(setup.slots for setup in setups))
+        self._answers: dict[str, asyncio.Future[Result]] = {}
+        self._workers = [
+            _Worker(number, msgspec.json.encode(setup).decode()) for number, setup in enumerate(setups)
+        ]
+        self._models: dict[tuple[str, int], ModelState] = {}
+        self._orders: dict[tuple[str, int], Load | Unload] = {}  # for workers that start later
         self._tasks: list[asyncio.Task[None]] = []
-        self._failures = 0
-        self.ready = asyncio.Event()
+        self._exit: int | None = None
+        self._closing = False
 
     @property
-    def worker(self) -> int | None:
-        """Process id of the worker; None while there is none."""
-        return None if self._process is None else self._process.pid
+    def workers(self) -> list[int]:
+        """Process ids of the workers there are."""
+        return [worker.process.pid for worker in self._workers if worker.process is not None]
 
     @property
     def in_flight(self) -> int:
         """Chunks that have not been answered."""
-        return len(self._pending)
+        return len(self._leases)
 
     def spawn(self) -> None:
-        """Start the worker process; possible before there is an event loop, so that it can load meanwhile."""
-        ours, theirs = socket.socketpair()
-        root = str(Path(pushforward.__file__).parent.parent)
-        environment = {
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH")))),
-            "OMP_NUM_THREADS": "1",
-            "OPENBLAS_NUM_THREADS": "1",
-        }
-        with theirs:
-            # -P: a file of the current folder must not pass for a module.
-            self._process = subprocess.Popen(
-                [sys.executable, "-P", "-m", "pushforward.worker", str(theirs.fileno()), self._setup],
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                env=environment,
-            )
-        self._socket = ours
-        log.debug("worker started", extra=fields(worker=self._process.pid))
+        """Start the processes; possible before there is an event loop, so that they can load meanwhile."""
+        for worker in self._workers:
+            worker.process = Process(worker.setup)
 
     async def start(self) -> None:
-        """Connect to the worker, starting it if ``spawn`` has not, and watch it from now on."""
-        self._tasks = [asyncio.create_task(self._supervise()), asyncio.create_task(self._keep_deadlines())]
+        """Connect to the workers, starting those that ``spawn`` has not, and watch them from now on."""
+        self._tasks = [asyncio.create_task(self._keep(worker)) for worker in self._workers]
+        self._tasks += [asyncio.create_task(self._keep_deadlines()), asyncio.create_task(self._keep_watch())]
 
     async def submit(self, work: Work) -> Result:
         """Have a chunk solved; see ``Broker.submit``."""
         answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        pending = self._pending[work.id] = _Pending(work, answer)
-        self._hand_out(pending)
+        lease = self._leases.add(work)
+        lease.queued = time.monotonic()
+        self._answers[work.id] = answer
+        self._hand_out()
         try:
             return await answer
-        except asyncio.CancelledError:
-            if self._link is not None:
-                self._link.send(Cancel(work.id))
-            raise
         finally:
-            self._pending.pop(work.id, None)
+            del self._answers[work.id]
+            holder = self._leases.settle(lease)
+            if holder is not None:  # nobody waits any more, but the rows are there
+                self._send(holder.worker, Cancel(work.id))
+            self._hand_out()
 
     def unavailable(self) -> str | None:
         """Why work sent now would have to wait; None when it would not."""
-        if self.ready.is_set():
-            return None
-        return "The worker is starting." if self._failures == 0 else "The worker died and is being replaced."
+        if self._closing:
+            return "The server is shutting down."
+        ready = [worker for worker in self._workers if worker.holder is not None and worker.holder.ready]
+        if not ready:
+            if any(worker.failures for worker in self._workers):
+                return "The workers died and are being replaced."
+            return "The workers are starting."
+        now = time.monotonic()
+        if all(worker.owes and now - worker.heard > self._limit_s(worker) / 2 for worker in ready):
+            return "The workers hold rows and make no steps."
+        return None
+
+    def models(self) -> Mapping[tuple[str, int], ModelState]:
+        """See ``Broker.models``; a new mapping whenever something has changed."""
+        return self._models
+
+    def load(self, model: str, version: int) -> None:
+        """See ``Broker.load``."""
+        self._order(Load(model, version))
+
+    def unload(self, model: str, version: int) -> None:
+        """See ``Broker.unload``."""
+        self._order(Unload(model, version))
+
+    def drain(self) -> None:
+        """See ``Broker.drain``."""
+        self._closing = True
 
     async def close(self) -> None:
-        """End the worker: its socket is closed, which it takes for its order to leave."""
+        """Let go of the workers; chunks still in flight fail with ``Unavailable``."""
+        self.drain()
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._link is not None:
-            self._link.close()
-        elif self._socket is not None:
-            self._socket.close()
-        await self._reap()
-        for pending in self._pending.values():
-            if not pending.answer.done():
-                pending.answer.set_exception(Unavailable("The server is shutting down."))
+        for answer in self._answers.values():
+            if not answer.done():
+                answer.set_exception(Unavailable("The server is shutting down."))
+        await asyncio.gather(
+            *(worker.process.end() for worker in self._workers if worker.process is not None)
+        )
 
-    async def _supervise(self) -> None:
+    # ------------------------------------------------------------------------------ workers come and go
+
+    async def _keep(self, worker: _Worker) -> None:
+        """Have a process in this place at all times."""
         while True:
-            if self._failures > 1:  # the last ones died before they were ready, or did not start: do not spin
-                await asyncio.sleep(min(_MAX_DELAY_S, 0.1 * 2**self._failures))
-            if self._process is None:
+            if worker.failures > 1:  # the last ones died before they were ready: do not spin
+                await asyncio.sleep(min(_MAX_DELAY_S, 0.1 * 2**worker.failures))
+            if worker.process is None:
                 try:
-                    self.spawn()
+                    worker.process = Process(worker.setup)
                 except OSError:
-                    self._failures += 1
+                    worker.failures += 1
                     log.exception("worker cannot be started")
                     continue
-            pid = self.worker
-            await (await self._connect()).lost
-            self._link = None
-            code = await self._reap()
-            self._failures = 1 if self.ready.is_set() else self._failures + 1
-            self.ready.clear()
-            unanswered = len(self._pending)
-            log.error("worker died", extra=fields(worker=pid, exit=code, unanswered=unanswered))
-            self._fail_spent(code)
+            process = worker.process
+            worker.holder = holder = Holder(worker)
+            worker.heard, worker.probed, worker.cause = time.monotonic() + _BOOT_S, False, "died"
+            worker.longest_step_s = 0.0
+            await process.connect(functools.partial(self._receive, worker))
+            self._leases.holders.append(holder)
+            for order in self._orders.values():
+                process.send(order)
+            await process.lost()
+            self._exit = await process.end()
+            self._bury(worker, holder, process.pid)
+
+    def _bury(self, worker: _Worker, holder: Holder[_Worker], pid: int) -> None:
+        worker.failures = 1 if holder.ready else worker.failures + 1
+        worker.process = worker.holder = None
+        worker.models = {}
+        again, spent = self._leases.lost(holder)
+        log.error(
+            "worker lost",
+            extra=fields(
+                worker=pid, cause=worker.cause, exit=self._exit, again=len(again), given_up=len(spent)
+            ),
+        )
+        self._collector.gone(str(worker.number))
+        self._collector.restarts[worker.cause] += 1
+        self._collector.redeliveries += len(again)
+        for lease in spent:
+            self._fail(lease.work.id, _convicted(lease, self._exit))
+        self._merge_models()
+        self._hand_out()
+
+    async def _keep_watch(self) -> None:
+        """Replace workers that owe progress and make none."""
+        while True:
+            await asyncio.sleep(min(1.0, self._stall_s / 4))
+            now = time.monotonic()
+            for worker in self._workers:
+                silence = now - worker.heard
+                if worker.process is None or worker.holder is None:
+                    continue
+                if worker.owes:
+                    if silence > self._limit_s(worker):
+                        worker.cause = "stuck"
+                        worker.process.kill()
+                elif silence > self._stall_s:
+                    worker.probed, worker.heard = True, now
+                    self._send(worker, Probe())
+
+    def _limit_s(self, worker: _Worker) -> float:
+        """How long a worker may owe progress: a batch whose steps are long must not be taken for stuck."""
+        return max(self._stall_s, _STEPS * worker.longest_step_s)
 
     async def _keep_deadlines(self) -> None:
         """Give up chunks whose worker is silent about a deadline that has passed."""
         while True:
             await asyncio.sleep(_LOOK_S)
             latest = time.time() - _GRACE_S
-            for pending in self._pending.values():
-                deadline = pending.work.deadline
-                if deadline is not None and deadline < latest and not pending.answer.done():
-                    pending.answer.set_exception(TimeoutError())
+            for lease in self._leases:
+                if lease.work.deadline is not None and lease.work.deadline < latest:
+                    self._fail(lease.work.id, TimeoutError())
 
-    async def _connect(self) -> _Link:
-        sock, self._socket = self._socket, None
-        assert sock is not None
-        sock.setblocking(False)
-        loop = asyncio.get_running_loop()
-        _, link = await loop.create_unix_connection(lambda: _Link(self._receive), sock=sock)
-        self._link = link
-        for pending in self._pending.values():
-            self._hand_out(pending)
-        return link
+    # ------------------------------------------------------------------------------ chunks out, answers in
 
-    def _hand_out(self, pending: _Pending) -> None:
-        if self._link is not None:  # else it goes when there is a worker
-            pending.attempts += 1
-            self._link.send(pending.work)
+    def _hand_out(self) -> None:
+        while (lease := self._leases.next()) is not None:
+            assert lease.holder is not None
+            worker = lease.holder.worker
+            if len(lease.holder.leases) == 1 and not worker.probed:
+                worker.heard = time.monotonic()  # it owes progress from now on
+            if lease.attempts == ATTEMPTS:
+                self._collector.quarantined += 1
+                log.warning("chunk in quarantine", extra=fields(chunk=lease.work.id))
+            lease.handed_out = time.monotonic()
+            self._send(worker, msgspec.structs.replace(lease.work, fence=lease.attempts))
 
-    def _receive(self, message: FromWorker) -> None:
-        if isinstance(message, Ready):
-            self.ready.set()
-            for name, version, reason in message.failed:
-                log.error("model failed to load", extra=fields(model=name, version=version, reason=reason))
-            log.info(
-                "worker ready",
-                extra=fields(
-                    worker=self._process.pid if self._process else None,
-                    models=len(message.loaded),
-                    failed=len(message.failed),
+    def _send(self, worker: _Worker, message: Work | Cancel | Probe | Load | Unload) -> None:
+        if worker.process is not None:
+            worker.process.send(message)
+
+    def _receive(self, worker: _Worker, message: FromWorker) -> None:
+        worker.heard = time.monotonic()
+        match message:
+            case Result() | Failed():
+                lease = self._leases.find(message.id)
+                if lease is None or lease.holder is not worker.holder or lease.attempts != message.fence:
+                    return  # the caller has gone, or another has the chunk now
+                if isinstance(message, Failed):
+                    self._fail(message.id, from_code(message.code, message.message, message.detail))
+                else:
+                    self._settle(lease)
+                    answer = self._answers[message.id]
+                    if not answer.done():
+                        waited = lease.handed_out - lease.queued
+                        answer.set_result(msgspec.structs.replace(message, queue_s=message.queue_s + waited))
+            case Beat():
+                worker.probed = False
+                worker.longest_step_s = message.counts.longest_step_s()
+                self._collector.add(str(worker.number), message)
+            case ModelState():
+                self._hear_of(worker, message)
+            case Ready():
+                assert worker.holder is not None
+                worker.holder.ready = True
+                worker.failures = 0
+                extra = fields(
+                    worker=worker.process.pid if worker.process else None,
+                    models=len(worker.holder.models),
+                    failed=sum(news.state == "failed" for news in worker.models.values()),
                     load_s=round(message.seconds, 3),
-                ),
-            )
-            return
-        pending = self._pending.get(message.id)
-        if pending is None or pending.answer.done():
-            return  # the caller has gone
-        if isinstance(message, Failed):
-            pending.answer.set_exception(from_code(message.code, message.message, message.detail))
-        else:
-            pending.answer.set_result(message)
-
-    def _fail_spent(self, code: int | None) -> None:
-        for pending in self._pending.values():
-            if pending.attempts >= ATTEMPTS and not pending.answer.done():
-                pending.answer.set_exception(
-                    PushforwardError(
-                        f"The worker process died {ATTEMPTS} times while it held these rows; "
-                        "they are not tried again.",
-                        detail={"attempts": ATTEMPTS, "exit": code},
-                    )
                 )
+                log.info("worker ready", extra=extra)
+                self._hand_out()
 
-    async def _reap(self) -> int | None:
-        """Wait for the end of a process whose socket is closed; insist if it does not come."""
-        process, self._process = self._process, None
-        if process is None:
-            return None
-        try:
-            return await asyncio.to_thread(process.wait, _EXIT_TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            return await asyncio.to_thread(process.wait)
+    def _settle(self, lease: Lease[_Worker]) -> None:
+        self._leases.settle(lease)
+        self._hand_out()
+
+    def _fail(self, id: str, error: Exception) -> None:
+        answer = self._answers.get(id)
+        if answer is not None and not answer.done():
+            answer.set_exception(error)
+
+    # ------------------------------------------------------------------------------ versions
+
+    def _order(self, order: Load | Unload) -> None:
+        self._orders[order.model, order.version] = order
+        self._merge_models()
+        for worker in self._workers:
+            self._send(worker, order)
+
+    def _hear_of(self, worker: _Worker, news: ModelState) -> None:
+        key = news.model, news.version
+        assert worker.holder is not None
+        worker.models[key] = news
+        (worker.holder.models.add if news.state == "ready" else worker.holder.models.discard)(key)
+        told = {"worker": worker.number, "model": news.model, "version": news.version}
+        if news.state == "failed":
+            log.error("model failed to load", extra=fields(**told, reason=news.reason))
+        elif news.state == "ready":
+            log.info("model loaded", extra=fields(**told, load_s=round(news.seconds, 3)))
+        elif news.state == "unloaded":
+            log.info("model unloaded", extra=fields(**told))
+        self._merge_models()
+
+    def _merge_models(self) -> None:
+        """Ready if one worker has it, else what was said last; what lost workers said stands until then."""
+        merged = dict(self._models)
+        for worker in self._workers:
+            merged |= worker.models
+        for worker in self._workers:
+            merged |= {key: news for key, news in worker.models.items() if news.state == "ready"}
+        for key, order in self._orders.items():
+            if isinstance(order, Unload):  # no new requests from now on, while workers finish what they have
+                reason = f"{key[0]}/{key[1]} was unloaded: load it to have it served again."
+                merged[key] = ModelState(*key, "unloaded", reason)
+        self._models = merged
+
+
+def _convicted(lease: Lease[_Worker], code: int | None) -> PushforwardError:
+    return PushforwardError(
+        f"The worker process was lost {ATTEMPTS} times while it held these rows, the last time with nothing "
+        "else; they are not tried again.",
+        detail={"attempts": ATTEMPTS, "exit": code, "rows": len(lease.work.rows)},
+    )
