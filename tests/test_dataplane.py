@@ -1,6 +1,7 @@
 """The data plane over a real worker, apart from HTTP."""
 
 import asyncio
+import itertools
 import shutil
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -10,10 +11,10 @@ import numpy as np
 import pytest
 
 from pushforward.bootstrap import offline
-from pushforward.dataplane import Dataplane, Options
+from pushforward.dataplane import Dataplane, Limits, Options, Ticket
 from pushforward.engine.request import Kind, Status
-from pushforward.errors import DeadlineExceeded, InvalidInput, InvalidModel, LimitExceeded, NotFound
-from pushforward.messages import Result
+from pushforward.errors import DeadlineExceeded, InvalidInput, InvalidModel, LimitExceeded
+from pushforward.messages import Result, Work
 from pushforward.scoring.calibration import Calibration
 from pushforward.settings import Settings
 from pushforward.store.catalog import Catalog
@@ -25,7 +26,7 @@ def with_plane(
     store: Path, test: Callable[[Dataplane], Awaitable[Any]], model: str = "pair", **settings: Any
 ) -> Any:
     async def run() -> Any:
-        async with offline(Settings(store=store, **settings), Catalog(store), (model, 1)) as plane:
+        async with offline(Settings(store=store, **settings), Catalog(store)) as plane:
             return await asyncio.wait_for(test(plane), 120)
 
     return asyncio.run(run())
@@ -77,31 +78,6 @@ def test_samples_may_be_asked_for_from_any_number_on(store: Path) -> None:
         assert part.value.tobytes() == whole.value[20:].tobytes()
 
     with_plane(store, test)
-
-
-def test_a_version_is_found_again_without_reading_it_and_seen_when_it_changes(
-    store: Path, tmp_path: Path
-) -> None:
-    shutil.copytree(store / "pair" / "1", tmp_path / "pair" / "1")
-
-    async def test(plane: Dataplane) -> None:
-        first = plane.model("pair")
-        await asyncio.sleep(0.15)
-        assert plane.model("pair") is first
-        (tmp_path / "pair" / "1" / "manifest.json").rename(tmp_path / "kept")
-        assert plane.model("pair") is first
-        (tmp_path / "kept").rename(tmp_path / "pair" / "1" / "manifest.json")
-        shutil.copytree(store / "pair" / "2", tmp_path / "pair" / "2")
-        assert plane.model("pair").manifest.version == 2
-        plane.catalog.set_label("pair", "stable", 1)
-        assert plane.model("pair") is first
-        plane.catalog.remove_label("pair", "stable")
-        assert plane.model("pair").manifest.version == 2
-        for name in ("../pair", "pair/1", "", "\0", "a" * 5000):
-            with pytest.raises(NotFound):
-                plane.model(name)
-
-    with_plane(tmp_path, test)
 
 
 def test_a_calibration_that_was_edited_gives_no_p_values(store: Path, tmp_path: Path) -> None:
@@ -167,3 +143,74 @@ def test_a_failing_row_has_no_p_value_and_no_flag(store: Path) -> None:
             assert np.isnan(scores.attributions[1]).all()
 
     with_plane(store, test)
+
+
+def test_many_rows_are_bulk_unless_they_say_otherwise_and_chunks_bear_the_name_of_their_request(
+    checkout: Path,
+) -> None:
+    sent: list[Work] = []
+
+    async def test() -> None:
+        settings = Settings(store=checkout / "model_store")
+        catalog = Catalog(settings.store)
+        async with offline(settings, catalog) as plane:
+
+            class Listening:
+                """The broker, listened to."""
+
+                async def submit(self, work: Work) -> Result:
+                    sent.append(work)
+                    return await plane.broker.submit(work)
+
+                def __getattr__(self, name: str) -> Any:
+                    return getattr(plane.broker, name)
+
+            limits = Limits(1000, 1000, None, 1000, chunk_rows=4, interactive_rows=6)
+            listened = Dataplane(catalog, Listening(), limits, plane.admission)  # type: ignore[arg-type]
+            model, z = listened.model("moons"), np.zeros((3, 2))
+            for count, priority in ((6, None), (7, None), (6, "bulk"), (7, "interactive")):
+                await listened.sample(model, count, 1, None, Options(priority=priority))
+            await listened.path(model, Kind.DECODE, z, [0.5, 1.0], None, DEFAULT)
+            await listened.path(model, Kind.DECODE, z, [0.2, 0.5, 1.0], None, DEFAULT)
+
+    asyncio.run(asyncio.wait_for(test(), 120))
+    requests = [list(group) for _, group in itertools.groupby(sent, key=lambda work: work.request)]
+    assert [len(works) for works in requests] == [2, 2, 2, 2, 2, 3]
+    assert [{work.bulk for work in works} for works in requests] == [
+        {False},
+        {True},
+        {True},
+        {False},
+        {False},
+        {True},
+    ]
+    for works in requests:
+        assert [work.id for work in works] == [f"{works[0].request}/{number}" for number in range(len(works))]
+    assert len({works[0].request for works in requests}) == len(requests)
+
+
+def test_a_deadline_counts_from_the_arrival_and_the_place_is_given_back(checkout: Path) -> None:
+    async def test(plane: Dataplane) -> None:
+        model = plane.model("moons")
+        late = Ticket(timeout_ms=1000)
+        late.arrived -= 2.0  # the body took that long
+        with pytest.raises(DeadlineExceeded, match="deadline of 1000 ms passed when 0 of 5 rows") as caught:
+            await plane.sample(model, 5, 1, None, DEFAULT, late)
+        assert caught.value.detail["travelled_mean"] == 0
+        in_time = Ticket(timeout_ms=1000)
+        in_time.arrived -= 2.0
+        await plane.sample(model, 5, 1, None, Options(timeout_ms=60_000), in_time)
+        assert (in_time.rows, len(in_time.results)) == (5, 1)
+        assert in_time.admitted_s >= 2.0
+        slow = Options(rtol=1e-12, atol=1e-12, logp_atol=1e-12, precision="float64", timeout_ms=300)
+        x = np.random.default_rng(0).normal(size=(600, 2))
+        with pytest.raises(DeadlineExceeded) as caught:
+            await plane.density(model, x, None, slow)
+        assert 0 < caught.value.detail["travelled_mean"] < 1
+        assert (plane.admission.rows, plane.admission.nbytes) == (0, 0)
+        assert plane.admission.tally.outcomes["answered",] == 5 + caught.value.detail["solved"]
+        with pytest.raises(InvalidInput, match="takes no context"):
+            await plane.density(model, x, x[:, :1], DEFAULT)
+        assert (plane.admission.rows, plane.admission.nbytes) == (0, 0)
+
+    with_plane(checkout / "model_store", test, "moons")

@@ -208,7 +208,7 @@ def test_a_deadline_that_passes_is_a_504_that_says_how_far_it_came(client: httpx
     answer = client.post("/v1/models/pair/sample", json=body)
     told = problem(answer)
     assert (told.status, told.code) == (504, "deadline-exceeded")
-    assert "raise timeout_ms" in told.detail
+    assert "Raise timeout_ms" in told.detail
     content = answer.json()
     assert content["rows"] == 100_000
     assert 0 <= content["solved"] < 100_000

@@ -45,6 +45,8 @@ def test_examples_are_valid_and_their_answers_are_as_described(
 ) -> None:
     asked = 0
     for method, path, operation in operations_of(document):
+        if "200" not in operation["responses"]:
+            continue  # an order, which would change what the other tests find
         answer_schema = operation["responses"]["200"]["content"]["application/json"]["schema"]
         bodies: list[Any] = [None]
         if "requestBody" in operation:

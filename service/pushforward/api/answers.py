@@ -20,6 +20,7 @@ __all__ = [
     "Problem",
     "SampleAnswer",
     "TransportAnswer",
+    "VersionState",
 ]
 
 RowStatus = Literal[
@@ -131,11 +132,29 @@ class PathAnswer(_Answer):
     failures: list[Failure]
 
 
+State = Literal["loading", "ready", "failed", "unloaded"]
+
+
 class VersionSummary(_Answer):
     """A version, in a list."""
 
     version: int
     labels: list[str]
+    state: State
+    """What the workers say of it: ready when one of them has it."""
+    reason: str
+    """Why it failed to load; "" unless it did."""
+
+
+class VersionState(_Answer):
+    """What has become of a version after an order to load or unload it."""
+
+    model: str
+    version: int
+    state: State
+    """What the workers say of it now; the order is carried out in the background."""
+    reason: str
+    """Why it failed to load; "" unless it did."""
 
 
 class ModelSummary(_Answer):

@@ -23,15 +23,19 @@ from pushforward.api.answers import (
     PathAnswer,
     SampleAnswer,
     TransportAnswer,
+    VersionState,
 )
 from pushforward.api.errors import HttpError, problem
 from pushforward.api.openapi import Operation, document
 from pushforward.api.routes import Routes
-from pushforward.api.wire import Endpoint, request_id
+from pushforward.api.wire import Door, Endpoint, request_id
 from pushforward.dataplane import Dataplane
+from pushforward.metrics import Metrics
 
 __all__ = ["build", "operations"]
 
+_MODEL = "/v1/models/{model}"
+_VERSION = "/v1/models/{model}/versions/{version}"
 _READING = (404, 405, 500, 503)
 _SOLVING = (400, 404, 405, 413, 415, 422, 500, 503, 504)
 
@@ -46,37 +50,49 @@ def operations(routes: Routes) -> list[Operation]:
     )
     reading = (
         ("/v1/models", routes.models, ModelList),
-        ("/v1/models/{model}", routes.model, ModelAnswer),
-        ("/v1/models/{model}/versions/{version}", routes.model, ModelAnswer),
+        (_MODEL, routes.model, ModelAnswer),
+        (_VERSION, routes.model, ModelAnswer),
         ("/health/live", routes.live, Health),
         ("/health/ready", routes.ready, Health),
     )
+    controlling = (routes.load, routes.unload)
     return [
         *(
             Operation("POST", f"{model}/{handler.__name__}", handler, request, forms, _SOLVING)
-            for model in ("/v1/models/{model}", "/v1/models/{model}/versions/{version}")
+            for model in (_MODEL, _VERSION)
             for handler, request, forms in solving
+        ),
+        *(
+            Operation("POST", f"{_VERSION}/{handler.__name__}", handler, None, (VersionState,), _READING, 202)
+            for handler in controlling
         ),
         *(Operation("GET", path, handler, None, (answer,), _READING) for path, handler, answer in reading),
     ]
 
 
-def build(plane: Dataplane, max_body_bytes: int) -> ASGIApp:
+def build(plane: Dataplane, metrics: Metrics, max_body_bytes: int) -> ASGIApp:
     """The application.
 
     Args:
         plane: answers the requests; its broker is started and closed with the application.
+        metrics: of the server.
         max_body_bytes: the largest request body that is read.
     """
     table = operations(Routes(plane))
+    door = Door(plane.admission, plane.limits, metrics, max_body_bytes)
     routes = [
-        Route(one.path, Endpoint(one.handler, one.request, max_body_bytes), methods=[one.method])
+        Route(one.path, Endpoint(one.handler, door, one.request, one.status), methods=[one.method])
         for one in table
     ]
+    metrics.engine.models = plane.broker.models
     page = Path(__file__).with_name("docs.html").read_bytes()
 
     async def docs(request: Request) -> Response:
         return Response(page, media_type="text/html; charset=utf-8")
+
+    async def exposition(request: Request) -> Response:
+        content_type, text = metrics.exposition(request.headers.get("accept", ""))
+        return Response(text, headers={"content-type": content_type})
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -91,7 +107,8 @@ def build(plane: Dataplane, max_body_bytes: int) -> ASGIApp:
         docs_url=None,  # FastAPI's page loads scripts from elsewhere; ours works offline
         redoc_url=None,
     )
-    app.router.routes += [*routes, Route("/docs", docs, methods=["GET"])]
+    pages = [Route("/docs", docs, methods=["GET"]), Route("/metrics", exposition, methods=["GET"])]
+    app.router.routes += [*routes, *pages]
     description = document(table)
     app.openapi = lambda: description  # type: ignore[method-assign]
     return _ShortCut(routes, app)

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from pushforward import errors
 from pushforward.errors import InvalidInput, PushforwardError
 
-__all__ = ["STATUS", "HttpError", "invalid_input", "problem"]
+__all__ = ["STATUS", "HttpError", "code", "invalid_input", "problem"]
 
 STATUS: dict[type[PushforwardError], int] = {
     errors.InvalidInput: 422,
@@ -50,24 +50,29 @@ class HttpError(PushforwardError):
         self.headers = dict(headers or {})
 
 
+def code(error: PushforwardError) -> str:
+    """The kind of error, for programs."""
+    return error.http_code if isinstance(error, HttpError) else error.code
+
+
 def problem(error: PushforwardError, request_id: str) -> tuple[int, dict[str, str], bytes]:
     """Status, headers and body that tell of an error."""
     headers = {"content-type": "application/problem+json", "x-request-id": request_id}
     if isinstance(error, HttpError):
-        status, code = error.status, error.http_code
+        status = error.status
         headers |= error.headers
     else:
-        status, code = STATUS[type(error)], error.code
+        status = STATUS[type(error)]
     retry_after = error.detail.get("retry_after")
     if retry_after is not None:
         headers["retry-after"] = str(math.ceil(retry_after))
     body = {
         **error.detail,
-        "type": f"urn:pushforward:error:{code}",
+        "type": f"urn:pushforward:error:{code(error)}",
         "title": HTTPStatus(status).phrase,
         "status": status,
         "detail": error.message,
-        "code": code,
+        "code": code(error),
         "request_id": request_id,
     }
     return status, headers, orjson.dumps(body, option=orjson.OPT_APPEND_NEWLINE)

@@ -12,12 +12,20 @@ from pydantic.json_schema import models_json_schema
 
 import pushforward
 from pushforward.api.answers import Problem
+from pushforward.api.body import TIMEOUT
 
 __all__ = ["Operation", "document"]
 
 _PARAMETERS = {
     "model": "Name of the model.",
     "version": 'A version number, or a label such as "stable".',
+}
+
+_TIMEOUT = {
+    "name": TIMEOUT,
+    "in": "header",
+    "description": "Deadline in milliseconds from the arrival of the request; timeout_ms beats it.",
+    "schema": {"type": "integer", "minimum": 1},
 }
 
 
@@ -32,6 +40,7 @@ class Operation:
         request: what the body must be; None for an operation without one.
         answers: what the answer may be.
         errors: the HTTP statuses of its errors.
+        status: the HTTP status of a good answer.
     """
 
     method: str
@@ -40,6 +49,7 @@ class Operation:
     request: type[BaseModel] | None
     answers: tuple[type[BaseModel], ...]
     errors: tuple[int, ...]
+    status: int = 200
 
 
 def document(operations: Sequence[Operation]) -> dict[str, Any]:
@@ -77,7 +87,7 @@ def document(operations: Sequence[Operation]) -> dict[str, Any]:
 
 
 def _described(operation: Operation, names: dict[Any, Any]) -> dict[str, Any]:
-    parameters = [
+    parameters: list[dict[str, Any]] = [
         {"name": name, "in": "path", "required": True, "description": text, "schema": {"type": "string"}}
         for name, text in _PARAMETERS.items()
         if f"{{{name}}}" in operation.path
@@ -88,13 +98,15 @@ def _described(operation: Operation, names: dict[Any, Any]) -> dict[str, Any]:
         "summary": (operation.handler.__doc__ or "").rstrip("."),
         "operationId": operation.handler.__name__ + ("_of_version" if "{version}" in operation.path else ""),
         "responses": {
-            "200": _response("The answer.", answer, "application/json"),
+            str(operation.status): _response("The answer.", answer, "application/json"),
             **{
                 str(status): {"$ref": "#/components/responses/Problem", "summary": HTTPStatus(status).phrase}
                 for status in operation.errors
             },
         },
     }
+    if operation.request is not None:
+        parameters.append(_TIMEOUT)
     if parameters:
         described["parameters"] = parameters
     if operation.request is not None:

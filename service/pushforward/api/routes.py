@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -41,8 +41,10 @@ class Routes:
     async def log_density(self, call: Call, query: DensityRequest) -> Any:
         """Log-densities of rows."""
         model = self._model(call)
-        result = await self._plane.density(model, _rows(model, query), _context(model, query), query)
-        return _solved(call, model, result) | _densities(model, result)
+        result = await self._plane.density(
+            model, _rows(model, query), _context(model, query), query, call.ticket
+        )
+        return _solved(model, result) | _densities(model, result)
 
     async def anomaly(self, call: Call, query: AnomalyRequest) -> Any:
         """Anomaly scores of rows: score, p-value, flag and attributions."""
@@ -57,6 +59,7 @@ class Routes:
             _rows(model, query),
             _context(model, query),
             query,
+            call.ticket,
             alpha=alpha or 0.01,
             two_sided=query.two_sided,
             fdr=query.fdr,
@@ -67,7 +70,7 @@ class Routes:
         flags = scores.is_anomaly.tolist()
         if not answered.all():
             flags = [flag if known else None for flag, known in zip(flags, answered.tolist(), strict=True)]
-        content = _solved(call, model, result) | _densities(model, result)
+        content = _solved(model, result) | _densities(model, result)
         content |= {
             "score": -result.log_density,
             "p_value": scores.p_value,
@@ -93,10 +96,11 @@ class Routes:
             seed,
             _context(model, query),
             query,
+            call.ticket,
             temperature=query.temperature,
             density=query.return_log_density,
         )
-        content = _solved(call, model, result)
+        content = _solved(model, result)
         content |= {"seed": seed, "features": model.manifest.features, "x": await _points(result)}
         if query.return_log_density:
             content["log_density"] = result.log_density
@@ -121,13 +125,12 @@ class Routes:
                 raise InvalidInput(
                     "There is no log-density on the way: leave out times or return_log_density."
                 )
-            steps = await self._plane.path(model, kind, start, query.times, context, query)
-            call.logged |= {"rows": len(start), "times": len(steps)}
+            steps = await self._plane.path(model, kind, start, query.times, context, query, call.ticket)
             return await _path(model, query.times, steps)
         result = await self._plane.transport(
-            model, kind, start, context, query, density=query.return_log_density
+            model, kind, start, context, query, call.ticket, density=query.return_log_density
         )
-        content = _solved(call, model, result)
+        content = _solved(model, result)
         content["x" if kind is Kind.DECODE else "z"] = await _points(result)
         if query.return_log_density:
             content["log_density"] = result.log_density
@@ -141,7 +144,8 @@ class Routes:
                 summaries.append(self._summary(self._plane.model(name)))
             except InvalidModel as fault:
                 versions = [
-                    {"version": number, "labels": []} for number in self._plane.catalog.versions(name)
+                    {"version": number, "labels": [], **self._state(name, number)}
+                    for number in self._plane.catalog.versions(name)
                 ]
                 summaries.append(
                     {
@@ -176,6 +180,14 @@ class Routes:
             "data": manifest.data,
         }
 
+    async def load(self, call: Call, _: None) -> Any:
+        """Load a version on every worker and keep it; the answer does not wait for that."""
+        return self._changed(call, self._plane.broker.load)
+
+    async def unload(self, call: Call, _: None) -> Any:
+        """Finish the rows of a version and forget it until it is loaded again; the answer does not wait."""
+        return self._changed(call, self._plane.broker.unload)
+
     async def live(self, call: Call, _: None) -> Any:
         """Whether this process answers; says nothing about workers or load."""
         return {"status": "live"}
@@ -188,9 +200,23 @@ class Routes:
         return {"status": "ready"}
 
     def _model(self, call: Call) -> Model:
-        model = self._plane.model(call.path["model"], call.path.get("version"))
+        model = self._plane.model(call.path["model"], call.path.get("version"), call.id)
         call.logged |= {"model": model.manifest.name, "version": model.manifest.version}
         return model
+
+    def _changed(self, call: Call, change: Callable[[str, int], None]) -> dict[str, Any]:
+        call.logged["peer"] = call.peer
+        manifest = self._model(call).manifest
+        change(manifest.name, manifest.version)
+        state = self._state(manifest.name, manifest.version)
+        return {"model": manifest.name, "version": manifest.version, **state}
+
+    def _state(self, name: str, version: int) -> dict[str, Any]:
+        """What the workers say of a version."""
+        said = self._plane.broker.models().get((name, version))
+        if said is None:
+            return {"state": "unloaded", "reason": ""}
+        return {"state": said.state, "reason": said.reason}
 
     def _summary(self, model: Model) -> dict[str, Any]:
         manifest, catalog = model.manifest, self._plane.catalog
@@ -199,7 +225,11 @@ class Routes:
             "name": manifest.name,
             "version": manifest.version,
             "versions": [
-                {"version": number, "labels": [label for label, at in labels.items() if at == number]}
+                {
+                    "version": number,
+                    "labels": [label for label, at in labels.items() if at == number],
+                    **self._state(manifest.name, number),
+                }
                 for number in catalog.versions(manifest.name)
             ],
             "features": manifest.features,
@@ -230,8 +260,7 @@ def _context(
     return inputs.from_lists(rows, names, "context")  # type: ignore[arg-type]
 
 
-def _solved(call: Call, model: Model, result: Result) -> dict[str, Any]:
-    call.result = result
+def _solved(model: Model, result: Result) -> dict[str, Any]:
     return {
         "model": model.manifest.name,
         "version": model.manifest.version,

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 from pydantic import ConfigDict, Discriminator, FailFast, Field, Tag
 from pydantic.types import JsonValue
 
-from pushforward.dataplane.dispatch import Options
+from pushforward.dataplane import Options
 from pushforward.noise import MAX_SEED
 
 __all__ = ["AnomalyRequest", "DensityRequest", "SampleRequest", "TransportRequest"]

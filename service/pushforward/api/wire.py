@@ -12,49 +12,92 @@ import re
 import secrets
 import time
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import orjson
-from pydantic import BaseModel, TypeAdapter, ValidationError
+from pydantic import BaseModel, TypeAdapter
 from starlette.types import Receive, Scope, Send
 
-from pushforward.api.errors import HttpError, invalid_input, problem
+from pushforward.api.body import TIMEOUT, Headings, parsed, read
+from pushforward.api.errors import code, problem
+from pushforward.api.interrupt import Interruptible
+from pushforward.dataplane import Admission, Limits, Ticket
+from pushforward.dataplane.admission import HungUp
 from pushforward.engine.request import Status
-from pushforward.errors import InvalidInput, PushforwardError
+from pushforward.errors import DeadlineExceeded, PushforwardError, Unavailable
 from pushforward.logs import fields
-from pushforward.messages import Result
+from pushforward.metrics import Metrics
 
-__all__ = ["Call", "Endpoint", "request_id"]
+__all__ = ["Call", "Door", "Endpoint", "request_id"]
 
 log = logging.getLogger("pushforward.request")
 
 Query = TypeVar("Query", bound=BaseModel)
 _ID = re.compile(rb"[A-Za-z0-9._:/+=@-]{1,128}")
 _JSON = orjson.OPT_SERIALIZE_NUMPY | orjson.OPT_APPEND_NEWLINE
+_HUNG_UP = 499  # the status in the log; nothing is sent
+_WATCH_AFTER_S = 0.01  # most answers come sooner, and do not pay for looking whether the client is there
+
+
+@dataclass(frozen=True)
+class Door:
+    """What all endpoints share.
+
+    Args:
+        admission: bounds what is held.
+        limits: how long requests may take.
+        metrics: counts and times them.
+        max_body_bytes: the largest body that is read.
+    """
+
+    admission: Admission
+    limits: Limits
+    metrics: Metrics
+    max_body_bytes: int
 
 
 class Call:
     """What the handler of a request is told, and what it leaves for the log."""
 
-    __slots__ = ("id", "logged", "path", "result")
+    __slots__ = ("id", "logged", "path", "peer", "queue_s", "solve_s", "started", "ticket", "total_s")
 
     def __init__(self, scope: Scope) -> None:
+        self.started = time.perf_counter()
         self.id = request_id(scope)
         self.path: dict[str, str] = scope["path_params"]
+        self.peer: str | None = (scope.get("client") or [None])[0]
         self.logged: dict[str, Any] = {}
-        self.result: Result | None = None
+        self.ticket = Ticket()
+        self.queue_s = self.solve_s = self.total_s = 0.0
 
-    def log(self, scope: Scope, status: int, wall_s: float) -> None:
+    def end(self) -> None:
+        """Stop the clock."""
+        self.queue_s, self.solve_s = self.ticket.queue_s, self.ticket.solve_s
+        self.total_s = time.perf_counter() - self.started
+
+    def timing(self) -> str:
+        """The header ``Server-Timing``."""
+        return (
+            f"admission;dur={1000 * self.ticket.admitted_s:.3f}, queue;dur={1000 * self.queue_s:.3f}, "
+            f"solve;dur={1000 * self.solve_s:.3f}, total;dur={1000 * self.total_s:.3f}"
+        )
+
+    def log(self, scope: Scope, status: int) -> None:
         """Write the request's line."""
-        if self.result is not None:
+        ticket = self.ticket
+        if ticket.rows:
+            ended = b"".join(result.status.tobytes() for result in ticket.results)
             self.logged |= {
-                "rows": len(self.result.status),
-                "steps": int(self.result.steps.sum()),
-                "nfe": int(self.result.nfe.sum()),
-                "failed": len(self.result.status) - self.result.status.tobytes().count(Status.OK),
+                "rows": ticket.rows,
+                "solved": ended.count(Status.OK),
+                "steps": sum(int(result.steps.sum()) for result in ticket.results),
+                "nfe": sum(int(result.nfe.sum()) for result in ticket.results),
+                "queue_ms": round(1000 * self.queue_s, 3),
+                "solve_ms": round(1000 * self.solve_s, 3),
             }
         told = {"request": self.id, "method": scope["method"], "path": scope["path"], "status": status}
-        log.info("request", extra={"fields": told | self.logged | {"wall_ms": round(1000 * wall_s, 3)}})
+        log.info("request", extra={"fields": told | self.logged | {"wall_ms": round(1000 * self.total_s, 3)}})
 
 
 class Endpoint(Generic[Query]):
@@ -62,47 +105,95 @@ class Endpoint(Generic[Query]):
 
     Args:
         handler: from the call and the checked body (None without one) to the content of the answer.
-        schema: what the body must be; None for an operation without a body.
-        max_body_bytes: the largest body that is read.
+        door: what all endpoints share.
+        schema: what the body must be; None for an operation without a body, which solves nothing.
+        status: of a good answer.
     """
 
     def __init__(
         self,
         handler: Callable[[Call, Query], Awaitable[Any]],
+        door: Door,
         schema: type[Query] | None = None,
-        max_body_bytes: int = 0,
+        status: int = 200,
     ) -> None:
         self.handler = handler
         self.schema = schema
         self._validator = None if schema is None else TypeAdapter(schema).validator
-        self._max_body_bytes = max_body_bytes
+        self._door = door
+        self._status = status
+        # A body that the queue could never hold is as good as one that is never read.
+        self._max_body_bytes = min(door.max_body_bytes, door.admission.max_bytes)
+        stages = ("total",) if schema is None else ("total", "admission", "queue", "solve")
+        self._seconds = [door.metrics.seconds.labels(handler.__name__, stage) for stage in stages]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request."""
-        started = time.perf_counter()
-        call = Call(scope)
-        status, headers = 200, {"content-type": "application/json", "x-request-id": call.id}
+        call, requests = Call(scope), self._door.metrics.requests
+        outcome, fault, status = "cancelled", "", _HUNG_UP
+        requests.enter()
         try:
-            query: Any = None
-            if self._validator is not None:
-                query = _parsed(self._validator, await _body(scope, receive, self._max_body_bytes))
-            body = orjson.dumps(await self.handler(call, query), option=_JSON)
-        except PushforwardError as error:
-            status, headers, body = problem(error, call.id)
-            call.logged["error"] = error.message
-        except Exception:
-            log.exception("request failed", extra=fields(request=call.id))
-            fault = PushforwardError(
-                "The server made a mistake; its log has the details under this request id."
-            )
-            status, headers, body = problem(fault, call.id)
-        headers["content-length"] = str(len(body))
-        raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
-        await send({"type": "http.response.start", "status": status, "headers": raw})
-        await send({"type": "http.response.body", "body": body})
-        # Logged when the answer is on its way, which it is at the end of this turn of the event loop.
-        wall_s = time.perf_counter() - started
-        asyncio.get_running_loop().call_soon(call.log, scope, status, wall_s)
+            headers, body = {"content-type": "application/json", "x-request-id": call.id}, b""
+            try:
+                body = orjson.dumps(await self._content(call, scope, receive), option=_JSON)
+                outcome, status = "answered", self._status
+            except HungUp:
+                pass
+            except PushforwardError as error:
+                outcome, fault = _outcome(error), code(error)
+                status, headers, body = problem(error, call.id)
+                call.logged["error"] = error.message
+            except Exception:
+                log.exception("request failed", extra=fields(request=call.id))
+                mistake = PushforwardError(
+                    "The server made a mistake; its log has the details under this request id."
+                )
+                outcome, fault = "failed", code(mistake)
+                status, headers, body = problem(mistake, call.id)
+            call.end()
+            if status != _HUNG_UP:
+                if self._validator is not None:
+                    headers["server-timing"] = call.timing()
+                headers["content-length"] = str(len(body))
+                raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+                await send({"type": "http.response.start", "status": status, "headers": raw})
+                await send({"type": "http.response.body", "body": body})
+        finally:
+            requests.leave(self.handler.__name__, outcome, fault)
+            # Told when the answer is on its way, which it is at the end of this turn of the event loop.
+            asyncio.get_running_loop().call_soon(self._tell, call, scope, status)
+
+    async def _content(self, call: Call, scope: Scope, receive: Receive) -> Any:
+        if self._validator is None:
+            return await self.handler(call, None)  # type: ignore[arg-type]
+        headings = Headings(scope["headers"], self._max_body_bytes)
+        timeout_s = self._door.limits.timeout_s(headings.timeout_ms, TIMEOUT)
+        with self._door.admission.admit(0, headings.nbytes) as place:
+            call.ticket.timeout_ms, call.ticket.body = headings.timeout_ms, place
+
+            whole = asyncio.get_running_loop().create_future()
+
+            async def interruption() -> Exception:
+                await asyncio.wait([whole], timeout=timeout_s)
+                if not whole.done():
+                    return DeadlineExceeded(
+                        f"The deadline of {1000 * (timeout_s or 0):.0f} ms passed before the whole body had "
+                        f"arrived: send it faster, or set {TIMEOUT}."
+                    )
+                while (await receive())["type"] != "http.disconnect":
+                    pass
+                return HungUp()
+
+            with Interruptible(_WATCH_AFTER_S, interruption):
+                body = await read(receive, place)
+                whole.set_result(None)
+                return await self.handler(call, parsed(self._validator, body))
+
+    def _tell(self, call: Call, scope: Scope, status: int) -> None:
+        stages = (call.total_s, call.ticket.admitted_s, call.queue_s, call.solve_s)
+        for seconds, stage in zip(stages if call.ticket.rows else stages[:1], self._seconds, strict=False):
+            stage.observe(seconds)
+        call.log(scope, status)
 
 
 def request_id(scope: Scope) -> str:
@@ -113,64 +204,7 @@ def request_id(scope: Scope) -> str:
     return secrets.token_hex(8)
 
 
-async def _body(scope: Scope, receive: Receive, limit: int) -> bytes:
-    for name, value in scope["headers"]:
-        if name == b"content-type":
-            _check_content_type(value)
-        elif name == b"content-encoding" and value.strip().lower() not in (b"", b"identity"):
-            raise HttpError(
-                415,
-                "unsupported-encoding",
-                f"The body is encoded as {value.decode('latin-1')!r}; send it without Content-Encoding.",
-                {"accept-encoding": "identity"},
-            )
-        elif name == b"content-length" and int(value) > limit:  # uvicorn has checked that it is a number
-            raise _too_large(limit)
-    parts: list[bytes] = []
-    size, more = 0, True
-    while more:
-        message = await receive()
-        if message["type"] == "http.disconnect":
-            raise HttpError(
-                400, "incomplete-body", "The connection was closed before the whole body had arrived."
-            )
-        part, more = message.get("body", b""), message.get("more_body", False)
-        size += len(part)
-        if size > limit:
-            raise _too_large(limit)
-        parts.append(part)
-    return parts[0] if len(parts) == 1 else b"".join(parts)
-
-
-def _too_large(limit: int) -> HttpError:
-    # The rest of the body is not wanted, so the connection cannot serve another request.
-    return HttpError(
-        413,
-        "body-too-large",
-        f"The body is larger than {limit} bytes: send fewer rows in one request.",
-        {"connection": "close"},
-    )
-
-
-def _check_content_type(value: bytes) -> None:
-    kind, _, parameters = value.decode("latin-1").lower().partition(";")
-    charset = parameters.partition("charset=")[2].strip(' "')
-    if kind.strip() != "application/json" or charset not in ("", "utf-8"):
-        raise HttpError(
-            415,
-            "unsupported-media-type",
-            f"The body is {value.decode('latin-1')!r}; send Content-Type: application/json, in UTF-8.",
-            {"accept": "application/json"},
-        )
-
-
-def _parsed(validator: Any, body: bytes) -> Any:
-    try:
-        query = validator.validate_json(body)
-    except ValidationError as error:
-        raise invalid_input(error) from None
-    if query.model_extra:
-        unknown = next(iter(query.model_extra))[:80]
-        known = ", ".join(type(query).model_fields)
-        raise InvalidInput(f"There is no field {unknown!r}; the fields are {known}.", where=unknown)
-    return query
+def _outcome(error: PushforwardError) -> str:
+    if isinstance(error, DeadlineExceeded):
+        return "expired"
+    return "refused" if isinstance(error, Unavailable) else "failed"

@@ -6,93 +6,40 @@ import asyncio
 import itertools
 import secrets
 import time
-from collections.abc import Coroutine, Sequence
+from collections import Counter
+from collections.abc import Coroutine, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field
 
 from pushforward.broker.base import Broker
+from pushforward.dataplane.admission import Admission, Place
+from pushforward.dataplane.request import Limits, Options, Ticket
 from pushforward.engine.request import Kind, Status
-from pushforward.errors import DeadlineExceeded, InvalidInput, LimitExceeded
+from pushforward.errors import DeadlineExceeded, InvalidInput
 from pushforward.messages import Result, Work
 from pushforward.store.manifest import Manifest
 
-__all__ = ["Dispatcher", "Limits", "Options", "first_rows"]
+__all__ = ["Dispatcher", "first_rows"]
 
 Floats = npt.NDArray[np.float64]
 
 _ROWS_OUT = 1024  # rows of a request that are with the workers at once: some batches full
-
-
-class Options(BaseModel):
-    """How rows are integrated; what is not given comes from the model's manifest or the settings."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="forbid", use_attribute_docstrings=True)
-
-    rtol: Annotated[float, Field(ge=1e-13, le=0.1)] | None = None
-    """Relative tolerance of z, per step."""
-    atol: Annotated[float, Field(ge=1e-13, le=0.1)] | None = None
-    """Absolute tolerance of z, per step, in units of the transformed data."""
-    logp_atol: Annotated[float, Field(ge=1e-13, le=1.0)] | None = None
-    """Absolute tolerance of the log-density, per step, in nats."""
-    max_steps: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    """Attempted steps after which a row is given up."""
-    precision: Literal["float32", "float64"] | None = None
-    """Arithmetic of z and of the vector field."""
-    timeout_ms: Annotated[int, Field(ge=1)] | None = None
-    """Deadline of the whole request, in milliseconds from its arrival."""
+_OUTCOMES = {Status.OUTSIDE_SUPPORT: "answered", Status.CANCELLED: "cancelled", Status.DEADLINE: "expired"}
 
 
 @dataclass(frozen=True)
-class Limits:
-    """How much one request may ask for.
+class Admitted:
+    """Rows for which there is room, not yet made; see ``Dispatcher.admit``."""
 
-    Args:
-        rows: most rows that the engine integrates for it.
-        samples: most samples.
-        timeout_ms: deadline unless it sets one; None for none.
-        max_timeout_ms: longest deadline it may set.
-        chunk_rows: rows that travel together.
-    """
-
-    rows: int
-    samples: int
-    timeout_ms: int | None
-    max_timeout_ms: int
-    chunk_rows: int
-
-    def check_rows(self, rows: int, times: int = 1, what: str = "") -> None:
-        """Refuse more rows, each ``times`` over, than are allowed.
-
-        Raises:
-            LimitExceeded: saying how many there are and may be.
-        """
-        if rows * times > self.rows:
-            asked = f"{rows} rows are"
-            if times > 1:
-                asked = f"{rows} rows, each {times} times ({what}), are {rows * times} rows, which is"
-            raise LimitExceeded(
-                f"{asked} more than one request may have integrated: {self.rows}.", limit=self.rows
-            )
-
-    def timeout_s(self, asked_ms: int | None) -> float | None:
-        """Seconds until the deadline of a request that arrives now; None for none.
-
-        Raises:
-            LimitExceeded: when it asks for a longer one than is allowed.
-        """
-        if asked_ms is None:
-            return None if self.timeout_ms is None else self.timeout_ms / 1000
-        if asked_ms > self.max_timeout_ms:
-            raise LimitExceeded(
-                f"timeout_ms is {asked_ms}; it may be {self.max_timeout_ms} at most.",
-                limit=self.max_timeout_ms,
-                where="timeout_ms",
-            )
-        return asked_ms / 1000
+    manifest: Manifest
+    options: Options
+    ticket: Ticket
+    place: Place
+    timeout_s: float | None
 
 
 class Dispatcher:
@@ -101,20 +48,63 @@ class Dispatcher:
     Args:
         broker: takes the chunks.
         limits: how much one request may ask for.
+        admission: how much all may.
     """
 
-    def __init__(self, broker: Broker, limits: Limits) -> None:
+    def __init__(self, broker: Broker, limits: Limits, admission: Admission) -> None:
         self._broker = broker
         self._limits = limits
-        self._ids = (f"{secrets.token_hex(4)}-{number}" for number in itertools.count())
+        self._admission = admission
+        self._requests = (f"{secrets.token_hex(4)}-{number}" for number in itertools.count())
+
+    @contextmanager
+    def admit(
+        self,
+        manifest: Manifest,
+        rows: int,
+        options: Options,
+        ticket: Ticket | None,
+        *,
+        times: int = 1,
+        what: str = "",
+    ) -> Iterator[Admitted]:
+        """Take a request in, before its rows are made, for as long as the block runs.
+
+        Args:
+            manifest: of the version.
+            rows: how many there are.
+            options: how they are to be integrated.
+            ticket: the request; None for one that begins here.
+            times: how often each of them is integrated.
+            what: why more than once.
+
+        Raises:
+            InvalidInput: when there are no rows.
+            LimitExceeded: when there are more than one request may have.
+            Unavailable: when there is no room for them now.
+            DeadlineExceeded: when it is too late already.
+        """
+        if rows < 1:
+            raise InvalidInput("There are no rows; give at least one.")
+        self._limits.check_rows(rows, times, what)
+        if ticket is None:
+            ticket = Ticket()
+        rows *= times
+        timeout_s = self._limits.timeout_s(options.timeout_ms or ticket.timeout_ms)
+        elapsed_s = time.time() - ticket.arrived
+        if timeout_s is not None and elapsed_s > timeout_s:
+            raise _too_late(timeout_s, rows, [], [])
+        nbytes = 8 * rows * (manifest.dim + manifest.context_dim)
+        with self._admission.admit(rows, nbytes, ticket.body) as place:
+            ticket.rows, ticket.admitted_s = rows, elapsed_s
+            yield Admitted(manifest, options, ticket, place, timeout_s)
 
     async def solve(
         self,
-        manifest: Manifest,
+        admitted: Admitted,
         kind: Kind,
         rows: Floats,
         context: Floats | None,
-        options: Options,
         *,
         density: bool,
         times: Sequence[float | None] = (None,),
@@ -124,18 +114,19 @@ class Dispatcher:
         Only so many chunks are out at once. A request must not fill the queue of a worker, where whatever
         others send meanwhile would wait behind it.
         """
+        manifest, options, ticket = admitted.manifest, admitted.options, admitted.ticket
         count, size = len(rows), self._limits.chunk_rows
-        if count < 1:
-            raise InvalidInput("There are no rows; give at least one.")
-        self._limits.check_rows(count, len(times), "one for each time")
-        timeout_s = self._limits.timeout_s(options.timeout_ms)
-        deadline = None if timeout_s is None else time.time() + timeout_s
         context = _fitting(manifest, context, count)
-        solver = manifest.solver
+        solver, timeout_s = manifest.solver, admitted.timeout_s
+        deadline = None if timeout_s is None else ticket.arrived + timeout_s
+        bulk = options.priority == "bulk"
+        if options.priority is None:
+            bulk = count * len(times) > self._limits.interactive_rows
+        request = next(self._requests)
 
-        def work(t_end: float | None, first: int) -> Work:
+        def work(number: int, t_end: float | None, first: int) -> Work:
             return Work(
-                id=next(self._ids),
+                id=f"{request}/{number}",
                 model=manifest.name,
                 version=manifest.version,
                 kind=kind.value,
@@ -149,17 +140,24 @@ class Dispatcher:
                 max_steps=options.max_steps or solver.max_steps,
                 t_end=t_end,
                 deadline=deadline,
+                bulk=bulk,
+                request=request,
             )
 
         places = list(itertools.product(times, range(0, count, size)))
         results: dict[int, Result] = {}
+        late: list[Floats] = []
         waiting = iter(enumerate(places))
 
         async def take_turns() -> None:
             for number, place in waiting:
-                results[number] = await self._broker.submit(work(*place))
-                if Status.DEADLINE in results[number].status.tobytes():
-                    raise TimeoutError
+                if late:  # the chunks that are out are told the same, and how far they came
+                    return
+                result = results[number] = await self._broker.submit(work(number, *place))
+                ticket.results.append(result)
+                _leave(admitted.place, result)
+                if Status.DEADLINE in result.status.tobytes():
+                    late.append(_travelled(manifest, kind, place[0], result))
 
         try:
             if len(places) == 1:
@@ -167,8 +165,10 @@ class Dispatcher:
             else:
                 out = max(2, _ROWS_OUT // min(count, size))
                 await _all_or_none([take_turns() for _ in range(min(out, len(places)))])
+            if late:
+                raise TimeoutError
         except TimeoutError:
-            raise _too_late(timeout_s or 0, count * len(times), list(results.values())) from None
+            raise _too_late(timeout_s or 0, count * len(times), list(results.values()), late) from None
         ordered = [results[number] for number in range(len(places))]
         chunks = len(places) // len(times)
         return [_joined(ordered[first : first + chunks]) for first in range(0, len(places), chunks)]
@@ -185,7 +185,9 @@ _COLUMNS = ("value", "log_density", "error_estimate", "steps", "accepted", "nfe"
 def _joined(results: Sequence[Result]) -> Result:
     if len(results) == 1:
         return results[0]
-    columns = {name: np.concatenate([getattr(result, name) for result in results]) for name in _COLUMNS}
+    columns: dict[str, Any] = {
+        name: np.concatenate([getattr(result, name) for result in results]) for name in _COLUMNS
+    }
     return Result(id=results[0].id, **columns)
 
 
@@ -208,13 +210,46 @@ def _fitting(manifest: Manifest, context: Floats | None, count: int) -> Floats |
     return context if len(context) == count else np.broadcast_to(context, (count, context.shape[1]))
 
 
-def _too_late(timeout_s: float, rows: int, results: Sequence[Result]) -> DeadlineExceeded:
-    """How far a request came."""
-    solved = sum(int((result.status != Status.DEADLINE).sum()) for result in results)
+def _leave(place: Place, result: Result) -> None:
+    """Give the rows of an answer back to the queue."""
+    status = result.status.tobytes()
+    answered = status.count(Status.OK)
+    place.leave("answered", answered)
+    if answered < len(status):
+        for value, rows in Counter(status).items():
+            if value != Status.OK:
+                place.leave(_OUTCOMES.get(Status(value), "failed"), rows)
+
+
+def _travelled(manifest: Manifest, kind: Kind, t_end: float | None, result: Result) -> Floats:
+    """For each row that was late: the share of its way, in time, that it had travelled."""
+    begin, end = manifest.t_base, manifest.t_data
+    if kind is Kind.ENCODE:
+        begin, end = end, begin
+    way = (end if t_end is None else t_end) - begin
+    reached = result.t[result.status == Status.DEADLINE]
+    return np.clip(np.nan_to_num((reached - begin) / way), 0.0, 1.0) if way else np.zeros(len(reached))
+
+
+def _too_late(
+    timeout_s: float, rows: int, results: Sequence[Result], late: Sequence[Floats]
+) -> DeadlineExceeded:
+    """How far a request came. Rows of which nothing was heard count as not begun."""
+    travelled = np.concatenate([*late, np.zeros(0)])
+    solved = sum(len(result.status) for result in results) - len(travelled)
+    unfinished = rows - solved
+    detail = {
+        "rows": rows,
+        "solved": solved,
+        "nfe": sum(int(result.nfe.sum()) for result in results),
+        "travelled_least": float(travelled.min()) if len(travelled) == unfinished > 0 else 0.0,
+        "travelled_mean": float(travelled.sum()) / max(unfinished, 1),
+    }
     return DeadlineExceeded(
-        f"The deadline of {round(1000 * timeout_s)} ms passed when {solved} of {rows} rows had been solved: "
-        "raise timeout_ms, or ask for fewer rows.",
-        detail={"rows": rows, "solved": solved, "nfe": sum(int(result.nfe.sum()) for result in results)},
+        f"The deadline of {round(1000 * timeout_s)} ms passed when {solved} of {rows} rows had been solved; "
+        f"the others were {detail['travelled_mean']:.0%} of their way along on average. "
+        "Raise timeout_ms, or ask for fewer rows.",
+        detail=detail,
     )
 
 

@@ -3,59 +3,30 @@
 from __future__ import annotations
 
 import asyncio
-import os
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from pushforward.broker.base import Broker
-from pushforward.dataplane.dispatch import Dispatcher, Limits, Options, first_rows
+from pushforward.dataplane.admission import Admission
+from pushforward.dataplane.dispatch import Dispatcher, first_rows
+from pushforward.dataplane.request import Limits, Options, Ticket
+from pushforward.dataplane.resolve import Model, Resolver
 from pushforward.engine.request import Kind
-from pushforward.errors import InvalidInput, InvalidModel, LimitExceeded
+from pushforward.errors import InvalidInput, LimitExceeded
 from pushforward.messages import Result
 from pushforward.noise import standard_normal
 from pushforward.scoring.attribution import attributions, replacements
-from pushforward.scoring.calibration import Calibration, benjamini_hochberg, flag
+from pushforward.scoring.calibration import benjamini_hochberg, flag
 from pushforward.store.catalog import Catalog
-from pushforward.store.manifest import Manifest, sha256_file
 
 __all__ = ["Dataplane", "Model", "Scores"]
 
 Floats = npt.NDArray[np.float64]
 
 _SMALL_NOISE = 1 << 14  # numbers drawn faster than a thread is woken
-_SETTLED_NS = (
-    100_000_000  # file systems may not tell two changes apart that are closer than a tick of their clock
-)
-
-
-@dataclass(frozen=True)
-class Model:
-    """A version that was found in the store, with what answering needs of it."""
-
-    manifest: Manifest
-    folder: Path
-
-    @cached_property
-    def calibration(self) -> Calibration:
-        """Held-out log-densities and quantiles, read when they are first needed.
-
-        Raises:
-            InvalidModel: when the file is not the one that was published.
-        """
-        path = self.folder / "calibration.safetensors"
-        calibration = Calibration.load(path)
-        if sha256_file(path) != self.manifest.files[path.name].sha256:
-            file = "/".join(path.parts[-3:])
-            raise InvalidModel(
-                f"{file} has been changed: its SHA-256 is not that of its manifest.", file=file
-            )
-        return calibration
 
 
 @dataclass(frozen=True)
@@ -81,10 +52,12 @@ class Dataplane:
     """Answers requests.
 
     Every operation takes rows in raw units, [n, D]; the context of a conditional model, [n, C] or [1, C] for
-    all rows (None otherwise); and options. All of them raise:
+    all rows (None otherwise); options; and the ticket of the request, unless it begins here. All of them
+    raise:
 
     - ``InvalidInput`` when there are no rows, or the context does not fit;
     - ``LimitExceeded`` when there are too many rows, or the deadline is too far away;
+    - ``Unavailable`` when there is no room for the rows now;
     - ``DeadlineExceeded`` when the deadline passed first: no part of the answer is given;
     - ``InvalidModel`` when the version cannot be loaded.
 
@@ -94,37 +67,44 @@ class Dataplane:
         catalog: where the models are.
         broker: who solves the rows; started and closed by whoever made it.
         limits: how much one request may ask for.
+        admission: how much all may.
+        canary_share: share of the requests without a version that go to the one labelled "canary".
     """
 
-    def __init__(self, catalog: Catalog, broker: Broker, limits: Limits) -> None:
+    def __init__(
+        self,
+        catalog: Catalog,
+        broker: Broker,
+        limits: Limits,
+        admission: Admission,
+        canary_share: float = 0.0,
+    ) -> None:
         self.catalog = catalog
         self.broker = broker
         self.limits = limits
-        self._dispatcher = Dispatcher(broker, limits)
-        self._found: dict[tuple[str, str | int | None], tuple[int, Model]] = {}
-        self._versions: dict[tuple[str, int], Model] = {}
+        self.admission = admission
+        self._dispatcher = Dispatcher(broker, limits, admission)
+        self._resolver = Resolver(catalog, broker.models, canary_share)
 
-    def model(self, name: str, version: str | int | None = None) -> Model:
-        """Find a version by number or label, or the default one.
+    def model(self, name: str, version: str | int | None = None, request_id: str = "") -> Model:
+        """The version that answers a request: see ``Resolver``.
 
         Raises:
             NotFound: listing what there is.
-            InvalidModel: when its manifest is broken.
+            InvalidModel: when the version is broken or was unloaded, and none was served before it.
         """
-        key, changed = (name, version), _changed(f"{self.catalog.root}/{name}")
-        known = self._found.get(key)
-        if known is not None and known[0] == changed:
-            return known[1]
-        found = self.catalog.resolve(name, version)
-        manifest = found.manifest
-        model = self._versions.setdefault((manifest.name, manifest.version), Model(manifest, found.folder))
-        if time.time_ns() - changed > _SETTLED_NS:
-            self._found[key] = changed, model
-        return model
+        return self._resolver.find(name, version, request_id)
 
-    async def density(self, model: Model, x: Floats, context: Floats | None, options: Options) -> Result:
+    async def density(
+        self,
+        model: Model,
+        x: Floats,
+        context: Floats | None,
+        options: Options,
+        ticket: Ticket | None = None,
+    ) -> Result:
         """log p(x) of rows, in nats; ``value`` holds their base points z."""
-        return await self.transport(model, Kind.ENCODE, x, context, options, density=True)
+        return await self.transport(model, Kind.ENCODE, x, context, options, ticket, density=True)
 
     async def score(
         self,
@@ -132,6 +112,7 @@ class Dataplane:
         x: Floats,
         context: Floats | None,
         options: Options,
+        ticket: Ticket | None = None,
         *,
         alpha: float = 0.01,
         two_sided: bool = False,
@@ -145,6 +126,7 @@ class Dataplane:
             x: rows.
             context: see the class.
             options: how to integrate.
+            ticket: see the class.
             alpha: share of ordinary rows that may be flagged: a row is when p ≤ alpha.
             two_sided: whether rows that are too likely count as unusual as well.
             fdr: flag by Benjamini–Hochberg over these rows instead, at this false discovery rate.
@@ -152,13 +134,14 @@ class Dataplane:
         """
         calibration = model.calibration
         count, choices = len(x), explain * calibration.quantiles.size
-        self.limits.check_rows(
-            count, 1 + choices, "itself, and every feature at every quantile to explain it"
-        )
-        rows = np.concatenate([x, replacements(x, calibration.quantiles)]) if explain else x
-        if explain and context is not None and len(context) > 1:
-            context = np.concatenate([context, np.repeat(context, choices, axis=0)])
-        result = await self.density(model, rows, context, options)
+        what = "itself, and every feature at every quantile to explain it"
+        with self._dispatcher.admit(
+            model.manifest, count, options, ticket, times=1 + choices, what=what
+        ) as admitted:
+            rows = np.concatenate([x, replacements(x, calibration.quantiles)]) if explain else x
+            if explain and context is not None and len(context) > 1:
+                context = np.concatenate([context, np.repeat(context, choices, axis=0)])
+            (result,) = await self._dispatcher.solve(admitted, Kind.ENCODE, rows, context, density=True)
         explanation = None
         if explain:
             before, after = np.split(result.log_density, [count])
@@ -180,6 +163,7 @@ class Dataplane:
         seed: int,
         context: Floats | None,
         options: Options,
+        ticket: Ticket | None = None,
         *,
         temperature: float = 1.0,
         density: bool = False,
@@ -193,6 +177,7 @@ class Dataplane:
             seed: what the noise is keyed by; equal calls with equal seeds give equal samples.
             context: see the class.
             options: how to integrate.
+            ticket: see the class.
             temperature: standard deviation of the base noise.
             density: whether to answer log p(x) as well, of the model whatever the temperature.
             first: number of the first sample.
@@ -206,13 +191,15 @@ class Dataplane:
                 where="n",
             )
         dim = model.manifest.dim
-        if count * dim <= _SMALL_NOISE:
-            noise = standard_normal(seed, first, count, dim)
-        else:
-            noise = await asyncio.to_thread(standard_normal, seed, first, count, dim)
-        return await self.transport(
-            model, Kind.DECODE, noise * temperature, context, options, density=density
-        )
+        with self._dispatcher.admit(model.manifest, count, options, ticket) as admitted:
+            if count * dim <= _SMALL_NOISE:
+                noise = standard_normal(seed, first, count, dim)
+            else:
+                noise = await asyncio.to_thread(standard_normal, seed, first, count, dim)
+            (result,) = await self._dispatcher.solve(
+                admitted, Kind.DECODE, noise * temperature, context, density=density
+            )
+        return result
 
     async def transport(
         self,
@@ -221,12 +208,14 @@ class Dataplane:
         start: Floats,
         context: Floats | None,
         options: Options,
+        ticket: Ticket | None = None,
         *,
         density: bool = False,
     ) -> Result:
         """Carry rows across: x to z (``Kind.ENCODE``) or z to x (``Kind.DECODE``), as ``value`` [n, D]."""
-        results = await self._dispatcher.solve(model.manifest, kind, start, context, options, density=density)
-        return results[0]
+        with self._dispatcher.admit(model.manifest, len(start), options, ticket) as admitted:
+            (result,) = await self._dispatcher.solve(admitted, kind, start, context, density=density)
+        return result
 
     async def path(
         self,
@@ -236,6 +225,7 @@ class Dataplane:
         times: Sequence[float],
         context: Floats | None,
         options: Options,
+        ticket: Ticket | None = None,
     ) -> list[Result]:
         """Where rows are at some times on their way: a result for each, ``value`` [n, D] in flow coordinates.
 
@@ -249,14 +239,7 @@ class Dataplane:
                     f"times[{number}] is {t}; the model's times go from {earliest} to {latest}.",
                     where=f"times[{number}]",
                 )
-        return await self._dispatcher.solve(
-            model.manifest, kind, start, context, options, density=False, times=times
-        )
-
-
-def _changed(folder: str) -> int:
-    """When something was last published or labelled in a model's folder; both rename something there."""
-    try:
-        return os.stat(folder).st_mtime_ns
-    except (OSError, ValueError):  # no such model: resolving the name says so
-        return 0
+        with self._dispatcher.admit(
+            model.manifest, len(start), options, ticket, times=len(times), what="one for each time"
+        ) as admitted:
+            return await self._dispatcher.solve(admitted, kind, start, context, density=False, times=times)
