@@ -15,7 +15,7 @@ import pytest
 
 import pushforward
 from pushforward.loading import default_chunk, load_model, run_chunk
-from pushforward.scoring.calibration import Calibration
+from pushforward.scoring.calibration import Calibration, benjamini_hochberg
 from pushforward.tables import read_table, writing
 
 X = np.random.default_rng(0).normal(size=(300, 2))
@@ -80,6 +80,18 @@ def test_scores_go_to_standard_output_unless_told_otherwise(store: Path, table: 
     assert {line.split(",")[4] for line in lines} == {'"ok"'} or {line.split(",")[4] for line in lines} == {
         "ok"
     }
+
+
+def test_a_false_discovery_rate_is_that_of_the_whole_file(store: Path, tmp_path: Path) -> None:
+    x = np.concatenate([np.tile(X, (40, 1)), X[:1000] + 20])  # more rows than are scored in one piece
+    np.save(tmp_path / "x.npy", x)
+    common = ("score", tmp_path / "x.npy", "-m", "pair", "--store", store, "-o", tmp_path / "s.npy")
+    run(*common, "--fdr", 0.05)
+    scores = np.load(tmp_path / "s.npy")
+    assert len(scores) == len(x)
+    expected = benjamini_hochberg(scores["p_value"], 0.05)
+    assert scores["is_anomaly"].tolist() == expected.tolist()
+    assert expected[-300:].all()
 
 
 def test_a_context_comes_from_its_columns(store: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from pushforward.dataplane import Dataplane, Model, Options
 from pushforward.engine.request import Status
 from pushforward.errors import InvalidInput
 from pushforward.inputs import from_named
+from pushforward.scoring.calibration import benjamini_hochberg
 from pushforward.settings import Settings
 from pushforward.store.catalog import Catalog, ModelVersion
 from pushforward.store.manifest import Manifest
@@ -43,6 +44,7 @@ async def score(
     *,
     alpha: float,
     two_sided: bool,
+    fdr: float | None,
     explain: bool,
 ) -> None:
     """Score the rows of a file and write log_density, score, p_value, is_anomaly and status for each.
@@ -56,6 +58,8 @@ async def score(
         options: how to integrate.
         alpha: a row is an anomaly when its p-value is at most this.
         two_sided: whether rows that are too likely count as unusual as well.
+        fdr: flag by Benjamini–Hochberg over all rows instead, at this false discovery rate; nothing is
+            written before all are scored.
         explain: whether to add an attribution for every feature.
 
     Raises:
@@ -102,7 +106,11 @@ async def score(
             if first == 0:
                 raise InvalidInput(f"{path.name} has no rows to score.")
 
-        await _write(calls(), output, "scoring", source.rows)
+        def flagged(columns: dict[str, Array]) -> dict[str, Array]:
+            assert fdr is not None
+            return columns | {"is_anomaly": benjamini_hochberg(columns["p_value"], fdr)}
+
+        await _write(calls(), output, "scoring", source.rows, None if fdr is None else flagged)
 
 
 async def sample(
@@ -165,14 +173,26 @@ async def _plane(
     settings: Settings, catalog: Catalog, found: ModelVersion
 ) -> AsyncIterator[tuple[Dataplane, Model]]:
     name, version = found.manifest.name, found.manifest.version
-    async with offline(settings, catalog, (name, version)) as plane:
+    async with offline(settings, catalog) as plane:
         yield plane, plane.model(name, version)
 
 
 async def _write(
-    calls: Iterable[Coroutine[Any, Any, dict[str, Array]]], output: Path | None, verb: str, total: int
+    calls: Iterable[Coroutine[Any, Any, dict[str, Array]]],
+    output: Path | None,
+    verb: str,
+    total: int,
+    together: Callable[[dict[str, Array]], dict[str, Array]] | None = None,
 ) -> None:
-    """Write the answers in order; while one is awaited, the next is already under way."""
+    """Write the answers in order; while one is awaited, the next is already under way.
+
+    Args:
+        calls: give the columns of a piece each.
+        output: file to write; None for CSV to standard output.
+        verb: for the progress bar.
+        total: rows.
+        together: what is to be done with the columns of all pieces before they are written.
+    """
     bar = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     console = Console(stderr=True)
     with (
@@ -180,19 +200,31 @@ async def _write(
         Progress(*bar, console=console, disable=not console.is_terminal) as progress,
     ):
         task = progress.add_task(verb, total=total)
+        pieces: list[dict[str, Array]] = []
+
+        def done(columns: dict[str, Array]) -> None:
+            if together is None:
+                write(columns)
+            else:
+                pieces.append(columns)
+            progress.advance(task, len(next(iter(columns.values()))))
+
         ahead: asyncio.Task[dict[str, Array]] | None = None
-        for call in calls:
-            behind, ahead = ahead, asyncio.create_task(call)
-            await asyncio.sleep(0)  # it starts
-            if behind is not None:
-                progress.advance(task, _write_one(write, await behind))
-        if ahead is not None:
-            progress.advance(task, _write_one(write, await ahead))
-
-
-def _write_one(write: Callable[[dict[str, Array]], None], columns: dict[str, Array]) -> int:
-    write(columns)
-    return len(next(iter(columns.values())))
+        behind: asyncio.Task[dict[str, Array]] | None = None
+        try:
+            for call in calls:
+                behind, ahead = ahead, asyncio.create_task(call)
+                await asyncio.sleep(0)  # it starts
+                if behind is not None:
+                    done(await behind)
+            if ahead is not None:
+                done(await ahead)
+        finally:
+            for left in (behind, ahead):
+                if left is not None:
+                    left.cancel()
+        if together is not None:
+            write(together({name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}))
 
 
 def _columns(source: Source, manifest: Manifest) -> list[str]:

@@ -50,6 +50,7 @@ def main() -> None:
         signal.raise_signal(signal.SIGINT)  # which everything knows how to leave in order
 
     signal.signal(signal.SIGTERM, stop)
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs begin without it
     try:
         app()
     except BrokenPipeError:  # whoever read our output has had enough

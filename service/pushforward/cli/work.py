@@ -79,6 +79,15 @@ def score(
     two_sided: Annotated[
         bool, typer.Option("--two-sided", help="Rows that are too likely count as well.")
     ] = False,
+    fdr: Annotated[
+        float | None,
+        typer.Option(
+            help="Flag by Benjamini-Hochberg over all rows instead, at this false discovery rate.",
+            show_default=False,
+            min=0,
+            max=1,
+        ),
+    ] = None,
     explain: Annotated[bool, typer.Option("--explain", help="Add an attribution for every feature.")] = False,
     rtol: Rtol = None,
     atol: Atol = None,
@@ -101,6 +110,7 @@ def score(
             _options(rtol=rtol, atol=atol, precision=precision),
             alpha=alpha,
             two_sided=two_sided,
+            fdr=fdr,
             explain=explain,
         )
     )
@@ -176,6 +186,18 @@ def train(
             metavar="flow_matching|maximum_likelihood", show_default="flow_matching", help="What to minimise."
         ),
     ] = None,
+    hidden: Annotated[
+        str | None,
+        typer.Option(help="Widths of the hidden layers, multiples of 16.", show_default="256,256"),
+    ] = None,
+    pairing: Annotated[
+        str | None,
+        typer.Option(
+            metavar="independent|optimal_transport",
+            show_default="independent",
+            help="How flow matching pairs noise with rows.",
+        ),
+    ] = None,
     noise: Annotated[
         float | None, typer.Option(help="Smoothing, in standard deviations.", show_default="0.05")
     ] = None,
@@ -199,7 +221,14 @@ def train(
         from pushforward.training.train import Options, run
     except ModuleNotFoundError as error:
         raise UsageError(f"Training needs {error.name}: pip install 'pushforward[train]'.") from None
-    recipe: dict[str, Any] = {"objective": objective, "noise": noise, "steps": steps, "seed": seed}
+    recipe: dict[str, Any] = {
+        "hidden": None if hidden is None else _widths(hidden),
+        "objective": objective,
+        "pairing": pairing,
+        "noise": noise,
+        "steps": steps,
+        "seed": seed,
+    }
     options = Options(
         whiten=whiten,
         log=_names(log) or (),
@@ -239,6 +268,16 @@ def _assignment(text: str) -> tuple[str, float]:
         return name, float(value if equals else "")
     except ValueError:
         raise UsageError(f"--context {text!r} must be name=value, with a number for the value.") from None
+
+
+def _widths(text: str) -> tuple[int, ...]:
+    try:
+        widths = tuple(int(part) for part in text.split(","))
+    except ValueError:
+        widths = ()
+    if not widths or any(width < 1 or width % 16 for width in widths):
+        raise UsageError(f"--hidden {text!r} must be multiples of 16, separated by commas, such as 128,128.")
+    return widths
 
 
 def _names(text: str | None) -> list[str] | None:
