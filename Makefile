@@ -17,8 +17,8 @@ help:  ## List the targets
 serve: install  ## Serve the bundled models on 127.0.0.1:8000 (ARGS="--port 8001" for another port)
 	$(VENV)/bin/pushforward serve $(ARGS)
 
-test: install-dev  ## Run every test and doctest, with coverage (ARGS="-k name" for some of them)
-	$(VENV)/bin/python -m pytest --cov $(ARGS)
+test: install-dev  ## Run every test and doctest in two processes, with coverage (ARGS="-k name" for some of them)
+	$(VENV)/bin/python -m pytest --cov --numprocesses 2 --dist loadfile $(ARGS)
 
 lint: install-dev  ## Check style, types and the direction of imports
 	$(VENV)/bin/ruff check

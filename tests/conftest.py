@@ -1,6 +1,7 @@
 """What every test shares: one thread for tensor work, repeatable random numbers, the checkout."""
 
 import os
+import tempfile
 from pathlib import Path
 
 # Tests run beside worker processes.  OpenMP reads this when torch or scikit-learn is first imported.
@@ -9,6 +10,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import hypothesis
 import numpy as np
 import pytest
+from tests.shared import VARIABLE, once
 
 # The same examples on every run, and no verdict that depends on how busy the machine is.
 hypothesis.settings.register_profile(
@@ -18,6 +20,19 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("project")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Faults in ``tests/e2e`` are repeated at random moments: by default, a few times."""
+    parser.addoption("--rounds", type=int, default=2, help="how often to repeat each fault (default: 2)")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Make the folder that the processes of this run share; those started by it inherit its name."""
+    if not hasattr(config, "workerinput"):
+        folder = tempfile.TemporaryDirectory(prefix="pushforward-tests-")
+        config.add_cleanup(folder.cleanup)
+        os.environ[VARIABLE] = folder.name
 
 
 @pytest.fixture(scope="session")
@@ -33,10 +48,8 @@ def rng() -> np.random.Generator:
 
 
 @pytest.fixture(scope="session")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def store() -> Path:
     """A store with the models of ``tests.published``; tests that change it work on a copy."""
     from tests.published import publish_models
 
-    root = tmp_path_factory.mktemp("store") / "models"
-    publish_models(root)
-    return root
+    return once("models", publish_models)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from tests.shared import side_by_side
 
 from pushforward.flows.fields import MLP
 from pushforward.flows.transforms import Log, Transform
@@ -21,21 +22,30 @@ def publish_models(store: Path) -> None:
     ``pair`` is two blobs, in versions 1 (labelled "old") and 2, which are alike; ``positive`` is their
     exponentials, whose density is 0 where a feature is negative; ``given`` is a Gaussian about its context.
     """
-    draw = np.random.default_rng(0)
-    side, noise = 2.0 * draw.integers(0, 2, (ROWS, 1)) - 1, draw.normal(size=(ROWS, 2))
-    blobs = side * (np.array([1.2, 0.0]) + noise * [0.5, 0.0]) + noise @ np.array([[0.1, 0.8], [0.0, 0.4]])
-    shift = draw.normal(size=(ROWS, 1))
-    _publish(store, "pair", blobs, features=["age", "dose"], description="Two blobs.")
-    _publish(store, "positive", np.exp(blobs), transform=Log(2, [0, 1]), method="bosh3")
-    _publish(store, "given", shift + 0.5 * noise, shift, context_features=["shift"], method="bosh3")
+    program = "import sys, tests.published; tests.published.publish_model(*sys.argv[1:])"
+    side_by_side(program, [(str(store), name) for name in ("pair", "positive", "given")])
     shutil.copytree(store / "pair" / "1", store / "pair" / "2")
     manifest = store / "pair" / "2" / "manifest.json"  # which no hash covers
     manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"version": 2}))
     (store / "pair" / "labels.json").write_text('{"old": 1}')
 
 
+def publish_model(store: str, name: str) -> None:
+    """Train and publish one of the three."""
+    draw = np.random.default_rng(0)
+    side, noise = 2.0 * draw.integers(0, 2, (ROWS, 1)) - 1, draw.normal(size=(ROWS, 2))
+    blobs = side * (np.array([1.2, 0.0]) + noise * [0.5, 0.0]) + noise @ np.array([[0.1, 0.8], [0.0, 0.4]])
+    shift = draw.normal(size=(ROWS, 1))
+    if name == "pair":
+        _publish(store, name, blobs, features=["age", "dose"], description="Two blobs.")
+    elif name == "positive":
+        _publish(store, name, np.exp(blobs), transform=Log(2, [0, 1]), method="bosh3")
+    else:
+        _publish(store, name, shift + 0.5 * noise, shift, context_features=["shift"], method="bosh3")
+
+
 def _publish(
-    store: Path,
+    store: str,
     name: str,
     x: NDArray[np.float64],
     context: NDArray[np.float64] | None = None,

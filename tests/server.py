@@ -1,0 +1,134 @@
+"""A server as users start it: a process of its own, with its worker process, on a port of its own."""
+
+import json
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+from prometheus_client.parser import text_string_to_metric_families
+
+PATIENCE_S = 60  # for things that take a moment, on a machine that may be very busy
+
+
+@dataclass
+class Server:
+    process: subprocess.Popen[str]
+    url: str = ""
+    log: list[dict[str, Any]] = field(default_factory=list)
+    lines: "queue.Queue[dict[str, Any] | None]" = field(default_factory=queue.Queue)
+
+    def wait_for(self, event: str) -> dict[str, Any]:
+        """The next line of the log about an event."""
+        end = time.monotonic() + PATIENCE_S
+        while True:
+            line = self.lines.get(timeout=max(0, end - time.monotonic()))
+            assert line is not None, f"the server ended before {event!r}: {self.log}"
+            if line["event"] == event:
+                return line
+
+    def stop(self, number: int = signal.SIGTERM) -> int:
+        self.process.send_signal(number)
+        return self.process.wait(PATIENCE_S)
+
+    def workers(self) -> list[int]:
+        """The process ids of the workers that are there now."""
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        return [int(child) for child in children]
+
+    def worker(self) -> int:
+        """That of the only one."""
+        (worker,) = self.workers()
+        return worker
+
+    def client(self, **options: Any) -> httpx.Client:
+        return httpx.Client(base_url=self.url, timeout=PATIENCE_S, **options)
+
+    def metrics(self) -> dict[tuple[str, ...], float]:
+        """Every sample by its name and the values of its labels, in the order of their names."""
+        with self.client() as client:
+            text = client.get("/metrics").text
+        return {
+            (sample.name, *sample.labels.values()): sample.value
+            for family in text_string_to_metric_families(text)
+            for sample in family.samples
+        }
+
+    def read(self) -> None:
+        assert self.process.stderr is not None
+        with self.process.stderr as stream:
+            for text in stream:
+                line = json.loads(text) if text.startswith("{") else {"event": text.rstrip()}
+                self.log.append(line)
+                self.lines.put(line)
+        self.lines.put(None)
+
+
+Start = Callable[..., Server]
+
+
+@contextmanager
+def servers(store: Callable[[], Path]) -> Iterator[Start]:
+    """What starts servers, of ``store()`` unless told otherwise; none is left over afterwards."""
+    started: list[Server] = []
+    readers: list[threading.Thread] = []
+
+    def start(*flags: str, at: Path | None = None, ready: bool = True, **settings: object) -> Server:
+        command = [sys.executable, "-m", "pushforward.cli", "serve", "--port", "0"]
+        process = subprocess.Popen(
+            [*command, "--store", str(at or store()), "--log-format", "json", *flags],
+            env=os.environ
+            | {"PYTHONPATH": "service"}
+            | {f"PUSHFORWARD_{name.upper()}": str(value) for name, value in settings.items()},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        server = Server(process)
+        started.append(server)
+        readers.append(threading.Thread(target=server.read))
+        readers[-1].start()
+        server.url = server.wait_for("listening")["url"]
+        if ready:
+            server.wait_for("worker ready")
+        return server
+
+    try:
+        yield start
+    finally:
+        for server in started:
+            if server.process.poll() is None:
+                server.stop()
+        for reader in readers:
+            reader.join(PATIENCE_S)
+
+
+def until(condition: Callable[[], bool]) -> bool:
+    """Whether a condition comes true, waiting a little for it."""
+    end = time.monotonic() + PATIENCE_S
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.02)
+    return True
+
+
+def gone(pid: int) -> bool:
+    """Whether a process has ended, waiting a little for it."""
+
+    def ended() -> bool:
+        try:
+            state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        except FileNotFoundError:
+            return True
+        return state == "Z"
+
+    return until(ended)
