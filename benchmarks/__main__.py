@@ -8,7 +8,7 @@ import time
 
 import measure
 
-SCRIPTS = ("step", "solve", "adjoint", "serving")
+SCRIPTS = ("step", "solve", "adjoint", "serving", "company")
 
 
 def main() -> None:

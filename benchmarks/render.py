@@ -42,7 +42,8 @@ def result(name: str) -> dict[str, Any]:
 
 def main() -> None:
     """Write the page."""
-    step, solve, adjoint, serving = (result(name) for name in ("step", "solve", "adjoint", "serving"))
+    names = ("step", "solve", "adjoint", "serving", "company")
+    step, solve, adjoint, serving, company = map(result, names)
     machine = serving["machine"]
     batch, single = ([row for row in solve["rows"] if row["rows"] == n] for n in (256, 1))
     page = f"""# Benchmarks
@@ -57,6 +58,14 @@ One client with one row (p50, p99, processor time of the service), then 32 clien
 second; rows per second of processor time). "p99 error" is that of the log-densities, in nats.
 
 {table(serving["rows"])}
+
+## Short requests beside long ones
+
+One-row requests, 50 a second by the clock and timed from when they were due, alone and beside a client that
+streams requests of 10,000 rows; then 32 clients with 16 rows each, against the bare engine. Static batching
+runs the same programs, a window of rows to its end.
+
+{table(company["rows"])}
 
 ## Whole solves at equal error
 
