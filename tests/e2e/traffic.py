@@ -146,9 +146,9 @@ class Traffic:
         self._draw = random.Random(seed)
         self._requests: list[Sent] = []
         self._marks: list[Mark] = []
-        self._answered: Counter[str] = Counter()
+        self._answered: set[str] = set()
+        self._doubled: list[str] = []
         self._stopping = threading.Event()
-        self._progress = threading.Condition()
         self._thread = threading.Thread(target=lambda: asyncio.run(self._drive()), name="traffic")
 
     def __enter__(self) -> Self:
@@ -173,10 +173,11 @@ class Traffic:
 
     def wait_until(self, what: Callable[[Report], bool]) -> None:
         """Wait until something can be said of the requests so far."""
-        with self._progress:
-            done = self._progress.wait_for(lambda: what(self.report()) or not self._thread.is_alive(), LOST_S)
-        assert done, f"this did not come true: {self.report()}"
-        assert self._thread.is_alive(), "the traffic has ended"
+        end = time.monotonic() + LOST_S
+        while not what(self.report()):
+            assert time.monotonic() < end, f"this did not come true: {self.report()}"
+            assert self._thread.is_alive(), "the traffic has ended"
+            time.sleep(0.02)
 
     def wait_for_answers(self, count: int) -> None:
         """Wait until so many more requests have been answered right."""
@@ -190,8 +191,7 @@ class Traffic:
 
     def report(self) -> Report:
         """What has become of the requests so far."""
-        doubled = [id for id, count in self._answered.items() if count > 1]
-        return Report(list(self._requests), list(self._marks), doubled)
+        return Report(list(self._requests), list(self._marks), list(self._doubled))
 
     async def _drive(self) -> None:
         under_way: set[asyncio.Task[None]] = set()
@@ -228,8 +228,6 @@ class Traffic:
         except httpx.HTTPError as error:
             request.outcome, request.told = type(error).__name__, str(error)
         request.ended = request.ended or time.monotonic()
-        with self._progress:
-            self._progress.notify_all()
 
     async def _post(self, client: httpx.AsyncClient, request: Sent, body: dict[str, Any]) -> None:
         async def trace(event: str, _: dict[str, Any]) -> None:
@@ -244,7 +242,8 @@ class Traffic:
             extensions={"trace": trace},
         )
         request.ended = time.monotonic()
-        self._answered[answer.headers["x-request-id"]] += 1
+        id = answer.headers["x-request-id"]
+        (self._doubled.append if id in self._answered else self._answered.add)(id)
         outcome, request.told = await asyncio.to_thread(_judged, request, answer)
         request.version = answer.json()["version"] if outcome == "right" else None
         request.outcome = outcome
