@@ -89,7 +89,9 @@ def load_settings(**flags: Any) -> Settings:
     Raises:
         UsageError: naming the flag, variable or file and name, its value and what is allowed.
     """
-    given = {name: ("--" + name.replace("_", "-"), value) for name, value in flags.items() if value is not None}
+    given = {
+        name: ("--" + name.replace("_", "-"), value) for name, value in flags.items() if value is not None
+    }
     given = _from_environment() | given
     if "config" in given:
         given = _from_file(Path(given["config"][1])) | given
