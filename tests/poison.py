@@ -1,4 +1,4 @@
-"""Programs that go wrong: steps that fail, or never end, for rows that are far out; weights that rot in memory."""
+"""Programs that go wrong: steps that fail or never end for rows that are far out, weights that rot."""
 
 import hashlib
 import json

@@ -170,7 +170,7 @@ def test_a_file_that_says_nothing_useful_is_refused(write: Any, text: str, says:
 
 
 def test_a_file_that_cannot_be_read_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="none.toml cannot be read: No such file"):
+    with pytest.raises(UsageError, match=r"none\.toml cannot be read: No such file"):
         load_settings(config=tmp_path / "none.toml")
     with pytest.raises(UsageError, match="cannot be read: Is a directory"):
         load_settings(config=tmp_path)

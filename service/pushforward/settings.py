@@ -1,4 +1,4 @@
-"""Settings: one typed place, filled from flags, ``PUSHFORWARD_…`` variables, a file, defaults, in this order."""
+"""Settings: one typed place, filled from flags, ``PUSHFORWARD_…`` variables, a file and defaults."""
 
 from __future__ import annotations
 
@@ -89,10 +89,10 @@ def load_settings(**flags: Any) -> Settings:
     Raises:
         UsageError: naming the flag, variable or file and name, its value and what is allowed.
     """
-    given = {
-        name: ("--" + name.replace("_", "-"), value) for name, value in flags.items() if value is not None
-    }
-    given = _from_environment() | given
+    given = _from_environment()
+    for name, value in flags.items():
+        if value is not None:
+            given[name] = "--" + name.replace("_", "-"), value
     if "config" in given:
         given = _from_file(Path(given["config"][1])) | given
     try:

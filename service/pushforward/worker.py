@@ -269,8 +269,8 @@ class Worker:
     def _judge(self, proof: Proof, answer: Answer) -> None:
         if not proof.holds(answer):
             raise Unsound(
-                f"A golden row of {proof.chunk.model}/{proof.chunk.version} does not give the bits that it gave "
-                "when the version was loaded."
+                f"A golden row of {proof.chunk.model}/{proof.chunk.version} does not give the bits that it "
+                "gave when the version was loaded."
             )
         self._end_proof()
 

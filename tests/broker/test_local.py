@@ -356,10 +356,9 @@ def test_a_storm_of_cancels_leaves_nothing_behind_though_workers_die_in_it(
             await ready(broker, 2)
         await until(lambda: len(broker._leases.holders) == 2)
         await until(lambda: all(holder.ready for holder in broker._leases.holders))
-        assert not any(
-            holder.rows or holder.bulk_rows or holder.reserved for holder in broker._leases.holders
-        )
-        assert not (broker._leases._interactive or broker._leases._bulk or broker._leases._quarantine)
+        leases = broker._leases
+        assert not any(holder.rows or holder.bulk_rows or holder.reserved for holder in leases.holders)
+        assert not any((leases._interactive, leases._bulk, leases._quarantine))
         await until(
             lambda: len(told._now) == 2 and not any(b.running or b.waiting for b in told._now.values())
         )
