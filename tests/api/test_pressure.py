@@ -35,6 +35,12 @@ def at_rest(server: Any) -> bool:
     )
 
 
+def in_the_engine(server: Any) -> dict[str, float]:
+    """Rows that the only worker has in slots, and rows that wait for one."""
+    names = ("pushforward_rows_running", "pushforward_rows_waiting")
+    return {key[0]: value for key, value in server.metrics().items() if key[0] in names}
+
+
 def solved(told: dict[tuple[str, ...], float], name: str = "pushforward_requests_total") -> dict[str, float]:
     """How many requests for samples, or how many rows, had which outcome."""
     return {
@@ -69,11 +75,15 @@ def run(test: Awaitable[None]) -> None:
 
 def test_clients_that_hang_up_take_their_rows_along(serve: Any, until: Any) -> None:
     server, clients = serve(), 24
-    descriptors = Path(f"/proc/{server.process.pid}/fd")
+    folders = [Path(f"/proc/{pid}/fd") for pid in (server.process.pid, server.worker())]
+
+    def descriptors() -> list[int]:
+        return [len(os.listdir(folder)) for folder in folders]
+
     with server.client() as client:
         assert client.post(SAMPLE, json=QUICK).status_code == 200
     assert until(lambda: at_rest(server))
-    before = len(os.listdir(descriptors))
+    before = descriptors()
 
     async def storm() -> None:
         requests = [Request(SLOW) for _ in range(clients)]
@@ -92,7 +102,10 @@ def test_clients_that_hang_up_take_their_rows_along(serve: Any, until: Any) -> N
     rows = solved(told, "pushforward_rows_total")
     assert rows["answered"] + rows["cancelled"] == clients * SLOW["n"] + 2 * QUICK["n"]
     assert rows["cancelled"] > 0
-    assert until(lambda: len(os.listdir(descriptors)) == before)
+    assert until(lambda: descriptors() == before)
+    assert until(
+        lambda: in_the_engine(server) == {"pushforward_rows_running": 0, "pushforward_rows_waiting": 0}
+    )
     lines = [line for line in server.log if line["event"] == "request" and line["status"] == 499]
     assert len(lines) == clients
     assert all(line["rows"] == SLOW["n"] and line["solved"] < SLOW["n"] and "nfe" in line for line in lines)

@@ -110,7 +110,12 @@ class Report:
             + ", ".join(f"{count} {outcome}" for outcome, count in self.outcomes.most_common()),
             f"right answers took {self.latency_ms(0.5):.0f} ms (p50), {self.latency_ms(0.99):.0f} ms (p99)",
         ]
-        lines += [f"{mark.name}: at most {self.gap_s(mark):.2f} s without an answer" for mark in self.marks]
+        for name, times in Counter(mark.name for mark in self.marks).items():
+            gaps = sorted(self.gap_s(mark) for mark in self.marks if mark.name == name)
+            lines.append(
+                f"{name}, {times} times: the longest time without an answer was {gaps[-1]:.2f} s, "
+                f"{gaps[len(gaps) // 2]:.2f} s in the median"
+            )
         return "\n".join(lines)
 
 
@@ -124,7 +129,8 @@ class Traffic:
         hang_up: share of the requests whose client closes the connection on the way; those are large ones.
         bulk: share of the requests that are sent with priority "bulk".
         only: which of the bank's requests to send; all of them unless given.
-        most: requests under way at once; beyond, no further ones are sent until some are answered.
+        most: requests under way at once; beyond, no further ones are sent until some are answered, so that
+            a machine that is busy with other things gets as many as it can do.
         seed: of the choices; the moments depend on the machine too.
     """
 
@@ -137,7 +143,7 @@ class Traffic:
         hang_up: float = 0.0,
         bulk: float = 0.0,
         only: Sequence[Template] | None = None,
-        most: int = 100,
+        most: int = 24,
         seed: int = 0,
     ) -> None:
         self._url, self._rate, self._hang_up, self._bulk, self._most = url, rate, hang_up, bulk, most
@@ -175,7 +181,7 @@ class Traffic:
         """Wait until something can be said of the requests so far."""
         end = time.monotonic() + LOST_S
         while not what(self.report()):
-            assert time.monotonic() < end, f"this did not come true: {self.report()}"
+            assert time.monotonic() < end, f"this did not come true: {self.report()}{self._unanswered()}"
             assert self._thread.is_alive(), "the traffic has ended"
             time.sleep(0.02)
 
@@ -192,6 +198,10 @@ class Traffic:
     def report(self) -> Report:
         """What has become of the requests so far."""
         return Report(list(self._requests), list(self._marks), list(self._doubled))
+
+    def _unanswered(self) -> str:
+        counts = Counter(_title(r.template) for r in self._requests if r.outcome in ("under way", "lost"))
+        return "".join(f"\n{count} of {title}" for title, count in counts.most_common(5))
 
     async def _drive(self) -> None:
         under_way: set[asyncio.Task[None]] = set()
