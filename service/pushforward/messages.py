@@ -19,6 +19,7 @@ __all__ = [
     "NFE",
     "OCCUPANCY",
     "STEP_SECONDS",
+    "UNSOUND",
     "Beat",
     "Cancel",
     "Counts",
@@ -41,6 +42,8 @@ __all__ = [
 ]
 
 MAX_FRAME_BYTES = 1 << 30
+UNSOUND = 3
+"""Exit status of a worker whose answers have changed."""
 _LENGTH = struct.Struct("<I")
 _DTYPES = frozenset({"<f8", "<i4", "|u1"})  # nothing that could carry an object
 
@@ -129,7 +132,10 @@ class Unload(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
 
 class Probe(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """Take a turn of the loop and say so with a ``Beat``: how an idle worker proves itself."""
+    """Solve a golden row as when it was loaded, and say so with a ``Beat``: how an idle worker proves itself.
+
+    A worker that cannot leaves with the status ``UNSOUND``.
+    """
 
 
 class ModelState(msgspec.Struct, tag=True, array_like=True, frozen=True):
