@@ -44,7 +44,9 @@ from pushforward.messages import (
     decode_to_worker,
     frame,
 )
+from pushforward.spans import solve
 from pushforward.store.catalog import Catalog
+from pushforward.tracing import Tracing
 
 __all__ = ["Channel", "Worker", "main"]
 
@@ -139,6 +141,8 @@ class Worker:
         self._engine = Engine(self._model, slots=setup.slots, step_budget_s=setup.step_budget_ms / 1000)
         self._parked: dict[tuple[str, int], list[Work]] = {}  # chunks whose version is being loaded
         self._fences: dict[str, int] = {}  # of the chunks in the engine
+        self._tracing = Tracing() if setup.tracing else None
+        self._traced: dict[str, tuple[Work, int]] = {}  # chunks with a span, and when they came, Unix ns
         self._ready = False
         self._told = 0.0  # when the last beat was sent
         self._untold = False  # whether anything has happened since
@@ -149,8 +153,14 @@ class Worker:
         self._keeper.start()
         try:
             self._loop(time.monotonic())
+        except Exception as error:
+            for id in list(self._traced):
+                self._trace(id, error)
+            raise
         finally:
             self._keeper.close()
+            if self._tracing is not None:
+                self._tracing.close()
 
     def _loop(self, started: float) -> None:
         look = 0.0
@@ -169,7 +179,10 @@ class Worker:
                 look = now + _LOOK_S
             if self._engine.busy:
                 for answer in self._engine.step():
-                    self._channel.send(_result(answer, self._fences.pop(answer.id)))
+                    result = _result(answer, self._fences.pop(answer.id))
+                    self._channel.send(result)
+                    if self._traced:
+                        self._trace(answer.id, result)
                 if not self._engine.busy:
                     self._let_go()
                 self._untold = True
@@ -185,14 +198,17 @@ class Worker:
     def _take(self, message: ToWorker) -> None:
         match message:
             case Work():
+                if self._tracing is not None and message.trace:
+                    self._traced[message.id] = message, time.time_ns()
                 if self._keeper.get(message.model, message.version) is not None:
                     self._submit(message)
                 else:
                     self._parked.setdefault((message.model, message.version), []).append(message)
                     self._keeper.want(message.model, message.version)
             case Cancel():
-                self._engine.cancel(message.id)
-                self._fences.pop(message.id, None)
+                answer = self._engine.cancel(message.id)
+                fence = self._fences.pop(message.id, 0)
+                self._trace(message.id, None if answer is None else _result(answer, fence))
                 for works in self._parked.values():
                     works[:] = [work for work in works if work.id != message.id]
             case Load():
@@ -212,6 +228,12 @@ class Worker:
 
     def _fail(self, work: Work, error: PushforwardError) -> None:
         self._channel.send(Failed(work.id, error.code, error.message, error.detail, work.fence))
+        self._trace(work.id, error)
+
+    def _trace(self, id: str, outcome: Result | Exception | None) -> None:
+        """Make the span of a chunk that is over, if it has one."""
+        if self._tracing is not None and id in self._traced:
+            solve(self._tracing, *self._traced.pop(id), outcome)
 
     def _hear_of_models(self) -> None:
         """Pass on what has become of versions; begin or fail the chunks that waited for them."""
