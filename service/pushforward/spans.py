@@ -114,17 +114,18 @@ def _end_chunk(span: Span, result: Result, at_ns: int) -> None:
     span.end(_spent(result) | {"pushforward.attempts": result.fence}, _late(result), at_ns)
 
 
-def solve(tracing: Tracing, work: Work, arrived_ns: int, outcome: Result | BaseException | None) -> None:
+def solve(
+    tracing: Tracing, work: Work, arrived_ns: int, outcome: Result | Exception | None, over_ns: int
+) -> None:
     """A worker's attempt at a chunk, when it is over.
 
     Args:
         tracing: of the worker.
         work: the chunk.
         arrived_ns: when it came to the worker, Unix time in nanoseconds.
-        outcome: the answer that was just sent, or why there is none; None when it was cancelled before its
-            rows were submitted.
+        outcome: its answer, or why there is none; None when it was cancelled before its rows were submitted.
+        over_ns: when its last row left, or it was given up.
     """
-    now = time.time_ns()
     told = {
         "pushforward.chunk": work.id,
         "pushforward.attempt": work.fence,
@@ -135,12 +136,12 @@ def solve(tracing: Tracing, work: Work, arrived_ns: int, outcome: Result | BaseE
     }
     span = tracing.span("solve", "CONSUMER", work.trace, told, arrived_ns)
     if not isinstance(outcome, Result):
-        span.end({}, "cancelled" if outcome is None else _reason(outcome), now)
+        span.end({}, "cancelled" if outcome is None else _reason(outcome), over_ns)
         return
     if outcome.steps.any():
-        span.event("first step", now - round(1e9 * outcome.solve_s))
-        span.event("last step", now)
-    span.end(_spent(outcome), _late(outcome), now)
+        span.event("first step", over_ns - round(1e9 * outcome.solve_s))
+        span.event("last step", over_ns)
+    span.end(_spent(outcome), _late(outcome), over_ns)
 
 
 def _spent(result: Result) -> dict[str, Any]:

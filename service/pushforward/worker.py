@@ -155,7 +155,7 @@ class Worker:
             self._loop(time.monotonic())
         except Exception as error:
             for id in list(self._traced):
-                self._trace(id, error)
+                self._trace(id, error, time.time_ns())
             raise
         finally:
             self._keeper.close()
@@ -178,16 +178,21 @@ class Worker:
                     gc.freeze()  # what is there now stays: collections need not look at it again and again
                 look = now + _LOOK_S
             if self._engine.busy:
-                for answer in self._engine.step():
-                    result = _result(answer, self._fences.pop(answer.id))
-                    self._channel.send(result)
-                    if self._traced:
-                        self._trace(answer.id, result)
+                if answers := self._engine.step():
+                    self._answer(answers)
                 if not self._engine.busy:
                     self._let_go()
                 self._untold = True
             if now - self._told >= _BEAT_S and (self._untold or not self._ready):
                 self._beat()
+
+    def _answer(self, answers: list[Answer]) -> None:
+        left = time.time_ns()
+        results = [_result(answer, self._fences.pop(answer.id)) for answer in answers]
+        for result in results:
+            self._channel.send(result)
+        for result in results:
+            self._trace(result.id, result, left)
 
     def _patience_s(self) -> float | None:
         """How long to wait for a message: not at all with rows in flight, for ever with nothing to tell."""
@@ -208,7 +213,8 @@ class Worker:
             case Cancel():
                 answer = self._engine.cancel(message.id)
                 fence = self._fences.pop(message.id, 0)
-                self._trace(message.id, None if answer is None else _result(answer, fence))
+                result = None if answer is None else _result(answer, fence)
+                self._trace(message.id, result, time.time_ns())
                 for works in self._parked.values():
                     works[:] = [work for work in works if work.id != message.id]
             case Load():
@@ -228,12 +234,12 @@ class Worker:
 
     def _fail(self, work: Work, error: PushforwardError) -> None:
         self._channel.send(Failed(work.id, error.code, error.message, error.detail, work.fence))
-        self._trace(work.id, error)
+        self._trace(work.id, error, time.time_ns())
 
-    def _trace(self, id: str, outcome: Result | Exception | None) -> None:
-        """Make the span of a chunk that is over, if it has one."""
+    def _trace(self, id: str, outcome: Result | Exception | None, over_ns: int) -> None:
+        """Make the span of a chunk, if it is to have one: nothing waits for that any more."""
         if self._tracing is not None and id in self._traced:
-            solve(self._tracing, *self._traced.pop(id), outcome)
+            solve(self._tracing, *self._traced.pop(id), outcome, over_ns)
 
     def _hear_of_models(self) -> None:
         """Pass on what has become of versions; begin or fail the chunks that waited for them."""
