@@ -84,6 +84,7 @@ def main() -> None:
         row |= {"rows/s": found[3], "p50 ×": ratios[0], "p99 ×": ratios[1], "cpu ×": ratios[2]}
         row |= {"rows/s ×": ratios[3]}
         table.append(row)
+    measure.show(table)
     measure.save("tracing", table, quick=quick)
 
 

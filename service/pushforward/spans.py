@@ -12,6 +12,7 @@ OpenTelemetry's semantic conventions; the others begin with ``pushforward.``.
 from __future__ import annotations
 
 import asyncio
+import re
 import time
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
@@ -25,8 +26,8 @@ from pushforward.tracing import Span, Tracing
 
 __all__ = ["begin_request", "end_request", "solve", "traced"]
 
+_HOST = re.compile(r"(.*?)(?::([0-9]{1,5}))?", re.DOTALL)  # matches whatever a client may write
 _PARENT = {b"traceparent": "traceparent", b"tracestate": "tracestate"}
-_TOLD = {b"host": "server.address", b"user-agent": "user_agent.original"}
 _LOGGED = ("request", "model", "version", "rows", "solved", "steps", "nfe")
 _ERRORS = {Status.DEADLINE: "the deadline passed", Status.CANCELLED: "cancelled"}
 
@@ -35,7 +36,7 @@ def begin_request(tracing: Tracing, scope: Mapping[str, Any], route: str) -> Spa
     """Begin the span of an HTTP request, within that of its client if the headers name one."""
     carrier: dict[str, str | list[str]] = {}
     method = scope["method"]
-    attributes = {
+    attributes: dict[str, str | int] = {
         "http.request.method": method,
         "http.route": route,
         "url.path": scope["path"],
@@ -47,8 +48,13 @@ def begin_request(tracing: Tracing, scope: Mapping[str, Any], route: str) -> Spa
     for name, value in scope["headers"]:
         if name in _PARENT:
             carrier.setdefault(_PARENT[name], []).append(value.decode("latin-1"))  # type: ignore[union-attr]
-        elif name in _TOLD:
-            attributes[_TOLD[name]] = value.decode("latin-1")
+        elif name == b"user-agent":
+            attributes["user_agent.original"] = value.decode("latin-1")
+        elif name == b"host":
+            host, port = _HOST.fullmatch(value.decode("latin-1")).groups()  # type: ignore[union-attr]
+            attributes["server.address"] = host
+            if port is not None:
+                attributes["server.port"] = int(port)
     return tracing.span(f"{method} {route}", "SERVER", carrier, attributes)
 
 

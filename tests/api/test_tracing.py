@@ -111,6 +111,7 @@ def test_one_request_is_one_trace_from_the_client_to_the_step(server: Server, co
     )
     assert (attributes["pushforward.rows"], attributes["pushforward.solved"]) == (2, 2)
     assert attributes["pushforward.outcome"] == "answered"
+    assert f"http://{attributes['server.address']}:{attributes['server.port']}" == server.url
     for span in (request, chunk, solve):
         assert span.attributes["pushforward.steps"] == sum(content["steps"])
         assert span.attributes["pushforward.nfe"] == sum(content["nfe"])
@@ -166,6 +167,27 @@ def test_a_bad_request_is_told_and_no_error_of_the_server(server: Server, collec
     assert request.attributes["pushforward.code"] == "invalid-input"
     assert not request.failed
     assert request.events.keys() == {"reply"}
+
+
+@pytest.mark.parametrize("host", ["", "[::1]", "[::1]:80", "a:b:123456", "a:\xb2"])
+def test_headers_that_make_no_sense_begin_a_trace_of_their_own(
+    server: Server, collected: Collector, host: str
+) -> None:
+    before = len(collected.spans)
+    odd = {"traceparent": "00-nonsense", "tracestate": "=,,=", "host": host.encode("latin-1")}
+    with server.client() as client:
+        answer = client.post("/v1/models/moons/sample", json={"n": 1}, headers=odd)  # type: ignore[arg-type]
+    assert answer.status_code == 200
+
+    def mine() -> list[Span]:
+        ids = answer.headers["x-request-id"]
+        return [s for s in collected.spans[before:] if s.attributes.get("pushforward.request") == ids]
+
+    assert until(lambda: bool(mine()))
+    (request,) = mine()
+    assert request.parent == ""
+    shown = request.attributes["server.address"]
+    assert host in (shown, f"{shown}:{request.attributes.get('server.port')}")
 
 
 def test_a_deadline_is_an_error_of_all_three(server: Server, collected: Collector) -> None:

@@ -144,9 +144,9 @@ class Endpoint(Generic[Query]):
         """Answer one request."""
         call, requests = Call(scope), self._door.metrics.requests
         outcome, fault, status = "cancelled", "", _HUNG_UP
-        requests.enter()
         if self._tracing is not None:
             call.ticket.span = begin_request(self._tracing, scope, self._path)
+        requests.enter()
         try:
             headers, body = {"content-type": "application/json", "x-request-id": call.id}, b""
             try:
