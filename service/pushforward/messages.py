@@ -76,6 +76,7 @@ class Setup(msgspec.Struct, frozen=True):
     step_budget_ms: float
     log_level: str
     log_format: str
+    tracing: bool = False
 
 
 class Work(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -109,6 +110,8 @@ class Work(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """Counts how often the chunk has been handed out; an answer with an older one is discarded."""
     request: str = ""
     """What the chunks of one request have in common: requests take turns."""
+    trace: dict[str, str] = {}
+    """The context of its span, as W3C Trace Context spells it; empty for a chunk that is not traced."""
 
 
 class Cancel(msgspec.Struct, tag=True, array_like=True, frozen=True):

@@ -87,6 +87,8 @@ class Settings(BaseModel):
     """Least severe level that is logged; "info" has a line for every request."""
     log_format: Literal["text", "json"] = "text"
     """Log lines as key=value text or as JSON."""
+    tracing: bool = False
+    """Whether requests are traced, as the OTEL_… variables say; needs the extra "tracing"."""
 
 
 def load_settings(**flags: Any) -> Settings:

@@ -39,6 +39,7 @@ from pushforward.messages import (
     Work,
 )
 from pushforward.metrics import EngineCollector
+from pushforward.tracing import trace_field
 
 __all__ = ["LocalBroker"]
 
@@ -292,7 +293,9 @@ class LocalBroker:
                 worker.heard = time.monotonic()  # it owes progress from now on
             if lease.attempts == ATTEMPTS:
                 self._collector.quarantined += 1
-                log.warning("chunk in quarantine", extra=fields(chunk=lease.work.id))
+                log.warning(
+                    "chunk in quarantine", extra=fields(chunk=lease.work.id, **trace_field(lease.work.trace))
+                )
             lease.handed_out = time.monotonic()
             self._send(worker, msgspec.structs.replace(lease.work, fence=lease.attempts))
 
