@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import functools
 import gc
+import ipaddress
 import itertools
 import logging
 import math
 import os
+import resource
 import signal
 import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, cast
 
 from pushforward import logs
 from pushforward.broker.local import LocalBroker
 from pushforward.dataplane import Admission, Dataplane, Limits
 from pushforward.errors import UsageError
+from pushforward.keys import Keyring, check_keys, open_keys
 from pushforward.messages import Setup
 from pushforward.metrics import Metrics
 from pushforward.programs.devices import check_devices, gpus
@@ -31,6 +35,7 @@ log = logging.getLogger(__name__)
 _UNLIMITED = 1 << 62
 _KEEP_ALIVE_S = 75  # longer than clients and proxies keep idle connections, so that it is they who close them
 _BACKLOG = 2048
+_OTHER_FILES = 512  # connections that are turned away, workers, the store
 
 
 def serve(settings: Settings) -> None:
@@ -49,13 +54,17 @@ def serve(settings: Settings) -> None:
     metrics = Metrics(admission)
     broker = LocalBroker(_setups(settings), settings.stall_s, metrics.engine)
     metrics.engine.models = broker.models
-    listener = _listening(settings.host, settings.port)
+    listeners = _listening(settings)
+    if settings.keys is not None:
+        check_keys(settings.keys)
+    _make_room(settings.max_connections)
     broker.spawn()  # it loads its models while this process imports what only serving needs
 
     import uvicorn
 
     from pushforward.api.app import build
-    from pushforward.api.server import Server
+    from pushforward.api.protocol import Guard, Protocol
+    from pushforward.api.server import HEADERS, Server
 
     limits = Limits(
         rows=settings.max_rows,
@@ -66,11 +75,15 @@ def serve(settings: Settings) -> None:
         interactive_rows=settings.interactive_rows,
     )
     plane = Dataplane(catalog, broker, limits, admission, settings.canary_share)
-    app = build(plane, metrics, settings.max_body_bytes)
+    (host, port), *admin = (listener.getsockname()[:2] for listener in listeners)
+    admin_port = admin[0][1] if admin else None
+    keyring = None if settings.keys is None else Keyring(open_keys(settings.keys))
+    app = build(plane, metrics, settings.max_body_bytes, keyring, admin_port)
+    guard = Guard(settings.max_connections, settings.header_timeout_s, admin_port)
     config = uvicorn.Config(
         app,
         loop="uvloop",
-        http="httptools",
+        http=cast(Any, functools.partial(Protocol, guard)),
         ws="none",
         lifespan="on",
         log_config=None,
@@ -78,15 +91,18 @@ def serve(settings: Settings) -> None:
         access_log=False,  # a request has its own line, with more in it
         proxy_headers=False,
         server_header=False,
+        headers=HEADERS,
         timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=math.ceil(settings.drain_s),
         backlog=_BACKLOG,
     )
-    host, port = listener.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    log.info("listening", extra=logs.fields(url=f"http://{shown}:{port}", docs=f"http://{shown}:{port}/docs"))
+    shown = f"http://[{host}]" if ":" in host else f"http://{host}"
+    urls = {"url": f"{shown}:{port}", "docs": f"{shown}:{port}/docs"}
+    if admin_port is not None:
+        urls["admin"] = f"{shown}:{admin_port}"
+    log.info("listening", extra=logs.fields(**urls, keys=keyring is not None))
     gc.freeze()  # what is there now stays: collections need not look at it again and again
-    Server(config, broker).run(sockets=[listener])
+    Server(config, broker).run(sockets=listeners)
 
 
 @asynccontextmanager
@@ -137,20 +153,50 @@ def _setups(settings: Settings) -> list[Setup]:
     ]
 
 
-def _listening(host: str, port: int) -> socket.socket:
-    """A socket that listens on the address: what is wrong with that is known before anything is started."""
+def _listening(settings: Settings) -> list[socket.socket]:
+    """The sockets that listen, the main one first: what is wrong is known before anything is started."""
+    ports = {"--port": settings.port, "--admin-port": settings.admin_port}
+    open_to_all = settings.keys is None and not settings.insecure
+    return [
+        _listener(settings.host, flag, port, loopback_only=open_to_all)
+        for flag, port in ports.items()
+        if port is not None
+    ]
+
+
+def _listener(host: str, flag: str, port: int, *, loopback_only: bool) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        if loopback_only and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
+            raise UsageError(
+                f"--host {host} can be reached from other machines, and there are no API keys. Make one with "
+                "`pushforward keys create --keys FILE` and serve with --keys FILE (PUSHFORWARD_KEYS), or say "
+                "with --insecure (PUSHFORWARD_INSECURE=true) that whoever reaches it may do everything."
+            )
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(_BACKLOG)
     except OSError as error:
         raise UsageError(
-            f"Cannot listen on --host {host} --port {port}: {error.strerror}. "
+            f"Cannot listen on --host {host} {flag} {port}: {error.strerror}. "
             "Choose another port; 0 takes a free one."
         ) from None
     return listener
+
+
+def _make_room(connections: int) -> None:
+    """See to it that this process may have so many connections, and the files beside them."""
+    wanted = connections + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise UsageError(
+            f"--max-connections {connections} needs {wanted} open files, and this process may have {hard}: "
+            "raise that limit (ulimit -Hn), or take fewer connections."
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _leave(number: int, frame: Any) -> None:

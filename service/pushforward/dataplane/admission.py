@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from types import TracebackType
 
-from pushforward.errors import DeadlineExceeded, LimitExceeded, PushforwardError, Unavailable
+from pushforward.errors import DeadlineExceeded, LimitExceeded, PushforwardError, QuotaExceeded, Unavailable
 from pushforward.metrics import Tally
 
 __all__ = ["Admission", "HungUp", "Place"]
@@ -137,6 +137,8 @@ class Place:
                 outcome = "cancelled"
             elif isinstance(error, DeadlineExceeded):
                 outcome = "expired"
+            elif isinstance(error, QuotaExceeded):
+                outcome = "refused"
             self.leave(outcome, self.rows)
         self.shrink(0)
 

@@ -7,8 +7,8 @@ import itertools
 import secrets
 import time
 from collections import Counter
-from collections.abc import Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,6 +28,7 @@ __all__ = ["Dispatcher", "first_rows"]
 Floats = npt.NDArray[np.float64]
 
 _ROWS_OUT = 1024  # rows of a request that are with the workers at once: some batches full
+_UNCOUNTED_S = 3600.0  # how long rows without a deadline count as asked for, if nobody says they are done
 _OUTCOMES = {Status.OUTSIDE_SUPPORT: "answered", Status.CANCELLED: "cancelled", Status.DEADLINE: "expired"}
 
 
@@ -57,8 +58,8 @@ class Dispatcher:
         self._admission = admission
         self._requests = (f"{secrets.token_hex(4)}-{number}" for number in itertools.count())
 
-    @contextmanager
-    def admit(
+    @asynccontextmanager
+    async def admit(
         self,
         manifest: Manifest,
         rows: int,
@@ -67,7 +68,7 @@ class Dispatcher:
         *,
         times: int = 1,
         what: str = "",
-    ) -> Iterator[Admitted]:
+    ) -> AsyncIterator[Admitted]:
         """Take a request in, before its rows are made, for as long as the block runs.
 
         Args:
@@ -82,6 +83,7 @@ class Dispatcher:
             InvalidInput: when there are no rows.
             LimitExceeded: when there are more than one request may have.
             Unavailable: when there is no room for them now.
+            QuotaExceeded: when their owner may not ask for so many now.
             DeadlineExceeded: when it is too late already.
         """
         if rows < 1:
@@ -97,7 +99,13 @@ class Dispatcher:
         nbytes = 8 * rows * (manifest.dim + manifest.context_dim)
         with self._admission.admit(rows, nbytes, ticket.body) as place:
             ticket.rows, ticket.admitted_s = rows, elapsed_s
-            yield Admitted(manifest, options, ticket, place, timeout_s)
+            admitted = Admitted(manifest, options, ticket, place, timeout_s)
+            if ticket.quota is None:
+                yield admitted
+            else:
+                left_s = _UNCOUNTED_S if timeout_s is None else timeout_s - elapsed_s
+                async with ticket.quota(rows, left_s):
+                    yield admitted
 
     async def solve(
         self,
