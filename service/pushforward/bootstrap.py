@@ -15,7 +15,7 @@ import socket
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any, cast
+from typing import Any
 
 from pushforward import logs
 from pushforward.broker.local import LocalBroker
@@ -60,11 +60,9 @@ def serve(settings: Settings) -> None:
     _make_room(settings.max_connections)
     broker.spawn()  # it loads its models while this process imports what only serving needs
 
-    import uvicorn
-
     from pushforward.api.app import build
     from pushforward.api.protocol import Guard, Protocol
-    from pushforward.api.server import HEADERS, Server
+    from pushforward.api.server import Server
 
     limits = Limits(
         rows=settings.max_rows,
@@ -75,32 +73,19 @@ def serve(settings: Settings) -> None:
         interactive_rows=settings.interactive_rows,
     )
     plane = Dataplane(catalog, broker, limits, admission, settings.canary_share)
-    (host, port), *admin = (listener.getsockname()[:2] for listener in listeners)
-    admin_port = admin[0][1] if admin else None
+    admin_port = None if settings.admin_port is None else listeners[1].getsockname()[1]
     keyring = None if settings.keys is None else Keyring(open_keys(settings.keys))
     app = build(plane, metrics, settings.max_body_bytes, keyring, admin_port)
     guard = Guard(settings.max_connections, settings.header_timeout_s, admin_port)
-    config = uvicorn.Config(
+    config = _uvicorn(
         app,
-        loop="uvloop",
-        http=cast(Any, functools.partial(Protocol, guard)),
-        ws="none",
+        http=functools.partial(Protocol, guard),
         lifespan="on",
-        log_config=None,
-        log_level="warning",
-        access_log=False,  # a request has its own line, with more in it
-        proxy_headers=False,
-        server_header=False,
-        headers=HEADERS,
-        timeout_keep_alive=_KEEP_ALIVE_S,
         timeout_graceful_shutdown=math.ceil(settings.drain_s),
-        backlog=_BACKLOG,
     )
-    shown = f"http://[{host}]" if ":" in host else f"http://{host}"
-    urls = {"url": f"{shown}:{port}", "docs": f"{shown}:{port}/docs"}
-    if admin_port is not None:
-        urls["admin"] = f"{shown}:{admin_port}"
-    log.info("listening", extra=logs.fields(**urls, keys=keyring is not None))
+    url, *admin_url = map(_url, listeners)
+    told = {"url": url, "docs": f"{url}/docs", "admin": admin_url[0] if admin_url else None}
+    log.info("listening", extra=logs.fields(**told, keys=keyring is not None))
     gc.freeze()  # what is there now stays: collections need not look at it again and again
     Server(config, broker).run(sockets=listeners)
 
@@ -183,6 +168,33 @@ def _listener(host: str, flag: str, port: int, *, loopback_only: bool) -> socket
             "Choose another port; 0 takes a free one."
         ) from None
     return listener
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _uvicorn(app: Any, **options: Any) -> Any:
+    """How HTTP is spoken."""
+    import uvicorn
+
+    from pushforward.api.server import HEADERS
+
+    return uvicorn.Config(
+        app,
+        loop="uvloop",
+        ws="none",
+        log_config=None,
+        log_level="warning",
+        access_log=False,  # a request has its own line, with more in it
+        proxy_headers=False,
+        server_header=False,
+        headers=HEADERS,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        backlog=_BACKLOG,
+        **options,
+    )
 
 
 def _make_room(connections: int) -> None:

@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 
 _PREFIX = "{pushforward}:"
 _KEYS, _CHANGED = _PREFIX + "keys", _PREFIX + "keys:changed"
-_ANSWER_S = 0.4  # a server that does not answer for so long is taken for lost
+_ANSWER_S = 1.0  # a server that does not answer for so long is taken for lost
 _FAULTS = (RedisError, OSError, TimeoutError)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import itertools
 import logging
 import secrets
@@ -80,6 +79,7 @@ class Keyring:
         self._read_at = -float("inf")
         self._fault: str | None = None
         self._watch: asyncio.Task[None] | None = None
+        self._closed = False
         run = secrets.token_hex(4)
         self._requests = (f"{run}-{number}" for number in itertools.count())
 
@@ -90,10 +90,10 @@ class Keyring:
 
     async def close(self) -> None:
         """Read no more."""
+        self._closed = True
         if self._watch is not None:
             self._watch.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await self._watch
+            await asyncio.wait([self._watch])
         await self._source.close()
 
     def unavailable(self) -> str | None:
@@ -150,7 +150,7 @@ class Keyring:
             self._source.quotas.give_back(key, rows, request)
 
     async def _look_again(self) -> None:
-        while True:
+        while not self._closed:  # a library under us may swallow the cancellation
             await asyncio.sleep(_LOOK_S)
             await self._look()
 
