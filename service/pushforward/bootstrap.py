@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
+import ipaddress
 import itertools
 import logging
 import math
 import os
+import resource
 import signal
 import socket
 import sys
@@ -22,6 +25,7 @@ from pushforward.broker.base import Broker
 from pushforward.broker.local import LocalBroker
 from pushforward.dataplane import Admission, Dataplane, Limits
 from pushforward.errors import UsageError
+from pushforward.keys import Keyring, check_keys, open_keys
 from pushforward.messages import Setup
 from pushforward.metrics import EngineCollector, Metrics
 from pushforward.programs.devices import check_devices, gpus
@@ -36,6 +40,7 @@ log = logging.getLogger(__name__)
 _UNLIMITED = 1 << 62
 _KEEP_ALIVE_S = 75  # longer than clients and proxies keep idle connections, so that it is they who close them
 _BACKLOG = 2048
+_OTHER_FILES = 512  # connections that are turned away, workers, the store
 
 
 def serve(settings: Settings) -> None:
@@ -53,10 +58,14 @@ def serve(settings: Settings) -> None:
     admission = Admission(settings.max_queue_rows, settings.max_queue_bytes)
     metrics = Metrics(admission)
     tracing = Tracing() if settings.tracing else None
-    listener = _listening(settings.host, settings.port)
+    listeners = _listening(settings)
+    if settings.keys is not None:
+        check_keys(settings.keys)
+    _make_room(settings.max_connections)
     broker = _broker(settings, admission, metrics)
 
     from pushforward.api.app import build
+    from pushforward.api.protocol import Guard, Protocol
     from pushforward.api.server import Server
 
     limits = Limits(
@@ -68,12 +77,21 @@ def serve(settings: Settings) -> None:
         interactive_rows=settings.interactive_rows,
     )
     plane = Dataplane(catalog, broker, limits, admission, settings.canary_share)
-    app = build(plane, metrics, settings.max_body_bytes, tracing)
-    config = _uvicorn(app, lifespan="on", timeout_graceful_shutdown=math.ceil(settings.drain_s))
-    url = _url(listener)
-    log.info("listening", extra=logs.fields(url=url, docs=f"{url}/docs"))
+    admin_port = None if settings.admin_port is None else listeners[1].getsockname()[1]
+    keyring = None if settings.keys is None else Keyring(open_keys(settings.keys))
+    app = build(plane, metrics, settings.max_body_bytes, keyring, admin_port, tracing)
+    guard = Guard(settings.max_connections, settings.header_timeout_s, admin_port)
+    config = _uvicorn(
+        app,
+        http=functools.partial(Protocol, guard),
+        lifespan="on",
+        timeout_graceful_shutdown=math.ceil(settings.drain_s),
+    )
+    url, *admin_url = map(_url, listeners)
+    told = {"url": url, "docs": f"{url}/docs", "admin": admin_url[0] if admin_url else None}
+    log.info("listening", extra=logs.fields(**told, keys=keyring is not None))
     gc.freeze()  # what is there now stays: collections need not look at it again and again
-    Server(config, broker).run(sockets=[listener])
+    Server(config, broker).run(sockets=listeners)
 
 
 def work(settings: Settings) -> None:
@@ -89,7 +107,9 @@ def work(settings: Settings) -> None:
     if settings.workers == 0:
         raise UsageError("--workers is 0: a worker needs at least one process; leave it out.")
     Catalog(settings.store).models()  # no store is an error now, not a worker without models
-    listener = None if settings.admin_port is None else _listening(settings.host, settings.admin_port)
+    listener = None
+    if settings.admin_port is not None:  # which tells how it is, and does nothing for anybody
+        listener = _listener(settings.host, "--admin-port", settings.admin_port, loopback_only=False)
     setups = _setups(settings)
     collector = EngineCollector()
     local = LocalBroker(setups, settings.stall_s, collector)
@@ -206,17 +226,33 @@ def _setups(settings: Settings) -> list[Setup]:
     ]
 
 
-def _listening(host: str, port: int) -> socket.socket:
-    """A socket that listens on the address: what is wrong with that is known before anything is started."""
+def _listening(settings: Settings) -> list[socket.socket]:
+    """The sockets that listen, the main one first: what is wrong is known before anything is started."""
+    ports = {"--port": settings.port, "--admin-port": settings.admin_port}
+    open_to_all = settings.keys is None and not settings.insecure
+    return [
+        _listener(settings.host, flag, port, loopback_only=open_to_all)
+        for flag, port in ports.items()
+        if port is not None
+    ]
+
+
+def _listener(host: str, flag: str, port: int, *, loopback_only: bool) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        if loopback_only and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
+            raise UsageError(
+                f"--host {host} can be reached from other machines, and there are no API keys. Make one with "
+                "`pushforward keys create --keys FILE` and serve with --keys FILE (PUSHFORWARD_KEYS), or say "
+                "with --insecure (PUSHFORWARD_INSECURE=true) that whoever reaches it may do everything."
+            )
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(_BACKLOG)
     except OSError as error:
         raise UsageError(
-            f"Cannot listen on --host {host} --port {port}: {error.strerror}. "
+            f"Cannot listen on --host {host} {flag} {port}: {error.strerror}. "
             "Choose another port; 0 takes a free one."
         ) from None
     return listener
@@ -231,20 +267,36 @@ def _uvicorn(app: Any, **options: Any) -> Any:
     """How HTTP is spoken."""
     import uvicorn
 
+    from pushforward.api.server import HEADERS
+
     return uvicorn.Config(
         app,
         loop="uvloop",
-        http="httptools",
         ws="none",
         log_config=None,
         log_level="warning",
         access_log=False,  # a request has its own line, with more in it
         proxy_headers=False,
         server_header=False,
+        headers=HEADERS,
         timeout_keep_alive=_KEEP_ALIVE_S,
         backlog=_BACKLOG,
         **options,
     )
+
+
+def _make_room(connections: int) -> None:
+    """See to it that this process may have so many connections, and the files beside them."""
+    wanted = connections + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise UsageError(
+            f"--max-connections {connections} needs {wanted} open files, and this process may have {hard}: "
+            "raise that limit (ulimit -Hn), or take fewer connections."
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _leave(number: int, frame: Any) -> None:

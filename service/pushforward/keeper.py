@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 
 from pushforward import logs
-from pushforward.errors import InvalidModel, NotFound, PushforwardError
+from pushforward.errors import InvalidModel, NotFound, PushforwardError, brief
 from pushforward.loading import LoadedModel, Proof, load_model
 from pushforward.messages import ModelState
 from pushforward.store.catalog import Catalog
@@ -271,7 +271,7 @@ class Keeper:
                 reason, code = error.message, error.code
             except Exception as error:  # such as a disk that fails
                 log.exception("loading failed", extra=logs.fields(model=name, version=version))
-                reason = f"{name}/{version} could not be loaded: {error}."
+                reason = f"{name}/{version} could not be loaded: {brief(error)}."
         seconds = round(time.monotonic() - started, 3)
         with self._changed:
             self._loading = None

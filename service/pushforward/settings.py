@@ -33,6 +33,12 @@ class Settings(BaseModel):
     """Address to listen on; 0.0.0.0 for every interface."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port to listen on; 0 takes a free one and the log says which."""
+    admin_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    """Port of its own for load, unload and /metrics; that of a `pushforward worker` for health and metrics."""
+    keys: Annotated[str, Field(min_length=1)] | None = None
+    """API keys that requests must have: a file, or a redis:// address that several servers share."""
+    insecure: bool = False
+    """Serve without keys beyond this machine: whoever reaches the address may do everything."""
 
     device: Annotated[str, Field(pattern=r"^(auto|(cpu|cuda:[0-9]+)(,(cpu|cuda:[0-9]+))*)$")] = "auto"
     """Where workers integrate: cpu, cuda:0, or several with commas between; auto: every GPU, else the CPU."""
@@ -40,8 +46,6 @@ class Settings(BaseModel):
     """Redis or Valkey queue to serve from or work for: redis://host, rediss://, unix://, sentinel://a,b/name."""
     lease_s: Annotated[float, Field(ge=0.5, le=3600)] = 5.0
     """Seconds after which chunks of a `pushforward worker` that does not answer are given to another."""
-    admin_port: Annotated[int, Field(ge=0, le=65535)] | None = None
-    """Port for health and metrics of a `pushforward worker`; None for none."""
     workers: Annotated[int, Field(ge=0, le=1024)] | None = None
     """Worker processes, over the devices in turn; unless given, one for each GPU, or all cores but one."""
     stall_s: Annotated[float, Field(ge=0.2, le=3600)] = 10.0
@@ -68,6 +72,10 @@ class Settings(BaseModel):
 
     max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = 16 << 20
     """Largest request body, in bytes; other requests wait while one is read, some 5 ms per megabyte."""
+    max_connections: Annotated[int, Field(ge=1, le=1 << 20)] = 2048
+    """Most connections at once; beyond, they are answered 503 and closed."""
+    header_timeout_s: Annotated[float, Field(ge=0.5, le=3600)] = 10.0
+    """Seconds in which the head of a request must arrive; its body must then come at 4 KiB/s at least."""
     max_rows: Annotated[int, Field(ge=1)] = 100_000
     """Most rows that one request may make the engine integrate (rows, or rows × times of a path)."""
     max_samples: Annotated[int, Field(ge=1)] = 100_000

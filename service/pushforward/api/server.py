@@ -10,9 +10,17 @@ from types import FrameType
 
 import uvicorn
 
+from pushforward.api.protocol import Protocol
 from pushforward.broker.base import Broker
 
-__all__ = ["Probes", "Server"]
+__all__ = ["HEADERS", "Probes", "Server"]
+
+HEADERS = [
+    ("cache-control", "no-store"),  # answers are about somebody's rows
+    ("referrer-policy", "no-referrer"),
+    ("x-content-type-options", "nosniff"),
+]
+"""Of every answer."""
 
 _LINGER_S = 0.5  # for what is on its way on open connections, and for those who ask whether we are ready
 
@@ -31,6 +39,15 @@ class Server(uvicorn.Server):
     def __init__(self, config: uvicorn.Config, broker: Broker) -> None:
         super().__init__(config)
         self._broker = broker
+
+    async def on_tick(self, counter: int) -> bool:
+        """Look after slow connections, once a second."""
+        if counter % 10 == 0:
+            now = asyncio.get_running_loop().time()
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, Protocol):
+                    connection.look(now)
+        return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take SIGTERM and SIGINT."""

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 from pushforward.broker.base import full
-from pushforward.errors import DeadlineExceeded, LimitExceeded, PushforwardError, Unavailable
+from pushforward.errors import DeadlineExceeded, LimitExceeded, PushforwardError, QuotaExceeded, Unavailable
 from pushforward.metrics import Tally
 
 __all__ = ["Admission", "HungUp", "Place"]
@@ -138,9 +138,9 @@ class Place:
                 outcome = "cancelled"
             elif isinstance(error, DeadlineExceeded):
                 outcome = "expired"
-            elif isinstance(error, Unavailable):
+            elif isinstance(error, Unavailable | QuotaExceeded):
                 outcome = "refused"
-                if "reason" in error.detail:
+                if isinstance(error, Unavailable) and "reason" in error.detail:
                     self._admission.refused[error.detail["reason"]] += 1
             self.leave(outcome, self.rows)
         self.shrink(0)

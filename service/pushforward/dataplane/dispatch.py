@@ -30,6 +30,7 @@ __all__ = ["Dispatcher", "first_rows"]
 Floats = npt.NDArray[np.float64]
 
 _ROWS_OUT = 1024  # rows of a request that are with the workers at once: some batches full
+_UNCOUNTED_S = 3600.0  # how long rows without a deadline count as asked for, if nobody says they are done
 _OUTCOMES = {Status.OUTSIDE_SUPPORT: "answered", Status.CANCELLED: "cancelled", Status.DEADLINE: "expired"}
 
 
@@ -84,6 +85,7 @@ class Dispatcher:
             InvalidInput: when there are no rows.
             LimitExceeded: when there are more than one request may have.
             Unavailable: when there is no room for them now.
+            QuotaExceeded: when their owner may not ask for so many now.
             DeadlineExceeded: when it is too late already.
         """
         if rows < 1:
@@ -100,7 +102,13 @@ class Dispatcher:
         with self._admission.admit(rows, nbytes, ticket.body) as place:
             await self._broker.admit(rows, nbytes)
             ticket.rows, ticket.admitted_s = rows, time.time() - ticket.arrived
-            yield Admitted(manifest, options, ticket, place, timeout_s)
+            admitted = Admitted(manifest, options, ticket, place, timeout_s)
+            if ticket.quota is None:
+                yield admitted
+            else:
+                left_s = _UNCOUNTED_S if timeout_s is None else timeout_s - elapsed_s
+                async with ticket.quota(rows, left_s):
+                    yield admitted
 
     async def solve(
         self,

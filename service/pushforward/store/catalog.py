@@ -71,8 +71,8 @@ class Catalog:
             return [name for name in _folders(self.root) if is_name(name) and self._numbers(name)]
         except OSError as error:
             raise NotFound(
-                f"There is no model store at {self.root} ({error.strerror}): name another with --store, "
-                "or make one by publishing a model with `pushforward train`."
+                f"There is no model store at {self.root.absolute().name} ({error.strerror}): "
+                "name another with --store, or make one by publishing a model with `pushforward train`."
             ) from None
 
     def versions(self, name: str) -> list[int]:
