@@ -20,9 +20,11 @@ def test_a_flag_beats_a_variable_and_a_variable_beats_the_default(monkeypatch: p
     assert load_settings(port=None).port == 9000
 
 
-def test_a_store_is_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_store_is_a_path_or_a_url(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PUSHFORWARD_STORE", "/srv/models")
-    assert load_settings().store == Path("/srv/models")
+    assert load_settings().store == "/srv/models"
+    assert load_settings(store=Path("models")).store == "models"
+    assert load_settings(store="s3://bucket/models").store == "s3://bucket/models"
 
 
 @pytest.mark.parametrize(

@@ -23,6 +23,7 @@ from pushforward.metrics import Metrics
 from pushforward.programs.devices import check_devices, gpus
 from pushforward.settings import Settings
 from pushforward.store.catalog import Catalog
+from pushforward.store.opening import opened
 
 __all__ = ["offline", "serve"]
 
@@ -37,14 +38,15 @@ def serve(settings: Settings) -> None:
     """Serve the models of the store over HTTP until told to stop.
 
     Raises:
-        UsageError: when the address cannot be listened on.
+        UsageError: when the address cannot be listened on, or the store cannot be opened.
         NotFound: when there is no model store.
+        Unavailable: when the store cannot be reached, and nothing of it is in the cache.
     """
     logs.configure(settings.log_level, settings.log_format)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)
-    catalog = Catalog(settings.store)
-    catalog.models()  # no store is an error now, not a server without models
+    # no store is an error now, not a server without models
+    catalog = opened(settings.store, settings.cache, settings.cache_mb)
     admission = Admission(settings.max_queue_rows, settings.max_queue_bytes)
     metrics = Metrics(admission)
     broker = LocalBroker(_setups(settings), settings.stall_s, metrics.engine)
@@ -86,7 +88,8 @@ def serve(settings: Settings) -> None:
     shown = f"[{host}]" if ":" in host else host
     log.info("listening", extra=logs.fields(url=f"http://{shown}:{port}", docs=f"http://{shown}:{port}/docs"))
     gc.freeze()  # what is there now stays: collections need not look at it again and again
-    Server(config, broker).run(sockets=[listener])
+    with catalog.followed(settings.watch_s):
+        Server(config, broker).run(sockets=[listener])
 
 
 @asynccontextmanager
@@ -122,7 +125,7 @@ def _setups(settings: Settings) -> list[Setup]:
     workers = settings.workers or (spare_cores if devices == ["cpu"] else len(devices))
     return [
         Setup(
-            store=str(settings.store),
+            store=settings.store,
             versions=settings.versions,
             load=settings.load,
             watch_s=settings.watch_s,
@@ -132,6 +135,8 @@ def _setups(settings: Settings) -> list[Setup]:
             step_budget_ms=settings.step_budget_ms,
             log_level=settings.log_level,
             log_format=settings.log_format,
+            cache=None if settings.cache is None else str(settings.cache),
+            cache_mb=settings.cache_mb,
         )
         for device in itertools.islice(itertools.cycle(devices), workers)
     ]

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import BeforeValidator, Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from pushforward.errors import UsageError
@@ -18,6 +18,10 @@ PREFIX = "PUSHFORWARD_"
 VERSIONS = r"^(latest(:[1-9][0-9]{0,4})?|all|[^/,\s]+/[1-9][0-9]{0,8}(,[^/,\s]+/[1-9][0-9]{0,8})*)$"
 
 
+def _spelt(store: Any) -> Any:
+    return os.fspath(store) if isinstance(store, Path) else store
+
+
 class Settings(BaseSettings):
     """Everything that can be set, for the server and for the commands that work without one."""
 
@@ -25,8 +29,12 @@ class Settings(BaseSettings):
         env_prefix=PREFIX, extra="forbid", frozen=True, use_attribute_docstrings=True
     )
 
-    store: Path = Path("model_store")
-    """Folder of the model store."""
+    store: Annotated[str, BeforeValidator(_spelt), Field(min_length=1)] = "model_store"
+    """Model store: a folder, or a URL such as s3://bucket/prefix."""
+    cache: Path | None = None
+    """Folder for copies of a store at a URL; unless given, pushforward in the user's cache folder."""
+    cache_mb: Annotated[int, Field(ge=1)] = 10_000
+    """Megabytes of copies that are kept; beyond, those of the versions unused for longest go."""
 
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for every interface."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,7 +11,8 @@ from pushforward.settings import PREFIX
 __all__ = ["Store", "Version", "plain", "say", "show"]
 
 Store = Annotated[
-    Path | None, typer.Option(help=f"Folder of the model store ({PREFIX}STORE).", show_default="model_store")
+    str | None,
+    typer.Option(help=f"Folder or URL of the model store ({PREFIX}STORE).", show_default="model_store"),
 ]
 Version = Annotated[
     str | None, typer.Option(help="Version number or label.", show_default="stable, else the newest")

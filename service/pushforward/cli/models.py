@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pushforward.cli.common import Store, Version, plain, show
 from pushforward.errors import InvalidModel, UsageError
 from pushforward.settings import load_settings
+
+if TYPE_CHECKING:
+    from pushforward.store.catalog import Catalog
 
 __all__ = ["app"]
 
@@ -30,9 +33,7 @@ def list_models(store: Store = None) -> None:
     """List the models, with their versions and labels."""
     from rich.table import Table
 
-    from pushforward.store.catalog import Catalog
-
-    catalog = Catalog(load_settings(store=store).store)
+    catalog = _catalog(store)
     table = Table("model", "versions", "labels", "features", "context", "description", box=None)
     for name in catalog.models():
         versions = ", ".join(map(str, catalog.versions(name)))
@@ -60,9 +61,7 @@ def show_version(
     store: Store = None,
 ) -> None:
     """Print the manifest of a version, as JSON."""
-    from pushforward.store.catalog import Catalog
-
-    found = Catalog(load_settings(store=store).store).resolve(model, version)
+    found = _catalog(store).resolve(model, version)
     sys.stdout.write(found.manifest.to_bytes().decode())
 
 
@@ -73,14 +72,15 @@ def verify(
 ) -> None:
     """Check every version: hashes of all files, and the reference answers on this machine."""
     from pushforward.loading import load_model
-    from pushforward.store.catalog import Catalog
 
-    catalog = Catalog(load_settings(store=store).store)
+    catalog = _catalog(store)
     faults = 0
     for name in [model] if model is not None else catalog.models():
         for version in catalog.versions(name):
             try:
-                load_model(catalog.root / name / str(version))
+                found = catalog.resolve(name, version)
+                catalog.fetch(found)
+                load_model(found.folder)
             except InvalidModel as error:
                 faults += 1
                 show(f"{name} {version}: [bold red]{plain(error.message)}[/]")
@@ -99,12 +99,17 @@ def label(
     store: Store = None,
 ) -> None:
     """Point a label at a version, or remove it."""
-    from pushforward.store.catalog import Catalog
-
-    catalog = Catalog(load_settings(store=store).store)
     if remove == (version is not None):
         raise UsageError("Give the version that the label is to point at, or --remove.")
+    catalog = _catalog(store)
     if version is None:
         catalog.remove_label(model, label)
     else:
         catalog.set_label(model, label, version)
+
+
+def _catalog(store: str | None) -> Catalog:
+    from pushforward.store.opening import opened
+
+    settings = load_settings(store=store)
+    return opened(settings.store, settings.cache, settings.cache_mb)
