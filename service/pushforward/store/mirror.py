@@ -65,6 +65,7 @@ class Mirror(Catalog):
         super().__init__(cache.place_of(url, folder))
         self._url, self._bound = url, bound
         self._fault = self.root / ".fault"
+        self._faults: dict[str, str] = {}
 
     @cached_property
     def remote(self) -> Remote:
@@ -188,8 +189,9 @@ class Mirror(Catalog):
         files = [path if path.endswith(LABELS) else f"{path}/{MANIFEST}" for path in changed]
         contents = self._at_once(self._small, files)
         for path, content in zip(changed, contents, strict=True):
-            if content is None:  # gone since it was listed
+            if isinstance(content, PushforwardError):  # the others count; it is tried again
                 del now[path]
+                self._note(path, content.message)
             elif path.endswith(LABELS):
                 self._keep_labels(path, content)
             else:
@@ -198,13 +200,19 @@ class Mirror(Catalog):
         if now != seen:
             cache.write(self.root, self.root / ".seen.json", [json.dumps(now).encode()])
 
-    def _small(self, path: str) -> bytes | None:
+    def _small(self, path: str) -> bytes | PushforwardError:
         """A manifest or labels file: a byte more than is allowed at most, so that reading it refuses it."""
         limit = LABELS_MAX_BYTES if path.endswith(LABELS) else MAX_BYTES
         try:
             return self.remote.read(path, 0, limit + 1)
-        except NotFound:
-            return None
+        except PushforwardError as error:
+            return error
+
+    def _note(self, path: str, fault: str) -> None:
+        """Log why a file cannot be read, once."""
+        if self._faults.get(path) != fault:
+            log.warning("store cannot be read", extra=logs.fields(file=path, reason=fault))
+        self._faults[path] = fault
 
     def _keep_labels(self, path: str, content: bytes) -> None:
         place = self.root / path
@@ -260,8 +268,8 @@ class Mirror(Catalog):
         self.versions(name)
         path = f"{name}/{LABELS}"
         before = self.remote.entry(path)
-        content = b"{}" if before is None else self._small(path)
-        self._keep_labels(path, content or b"{}")
+        content = b"{}" if before is None else self.remote.read(path, 0, LABELS_MAX_BYTES + 1)
+        self._keep_labels(path, content)
         labels = self.labels(name)
         yield labels
         after = (json.dumps(dict(sorted(labels.items())), indent=2) + "\n").encode()
@@ -281,7 +289,7 @@ class Mirror(Catalog):
             raise Unavailable(error.message, retry_after=_RETRY_S) from None
         if not sound:
             raise InvalidModel(
-                f"{name} in {self.remote.shown} is not the file that was published: its SHA-256 is another.",
+                f"{name} in the store was changed: its SHA-256 is not that of its manifest.",
                 file=name,
             )
 

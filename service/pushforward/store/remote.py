@@ -73,7 +73,9 @@ class Remote:
         options = {} if protocol in fsspec.config.conf else dict(_OPTIONS.get(protocol, {}))
         logging.getLogger("aiobotocore.credentials").setLevel(logging.WARNING)
         try:
-            self._fs, base = fsspec.url_to_fs(url, use_listings_cache=False, **options)
+            self._fs, base = fsspec.url_to_fs(
+                url, use_listings_cache=False, skip_instance_cache=True, **options
+            )
         except ImportError as error:
             extra = " (pip install 'pushforward[s3]')" if protocol == "s3" else ""
             raise UsageError(f"The store {self.shown} cannot be opened: {error}{extra}.") from None
@@ -122,8 +124,12 @@ class Remote:
             data: bytes = self._fs.cat_file(f"{self._base}/{path}", start=start, end=end)
         except FileNotFoundError:
             raise NotFound(f"{path} is missing in {self.shown}.") from None
+        except OSError as error:
+            if _code(error) in _NOTHING_THERE:
+                return b""
+            self._raise(error, f"cannot read {path}")
         except Exception as error:
-            self._raise(error, f"{path} cannot be read")
+            self._raise(error, f"cannot read {path}")
         return data[: end - start]  # a web server may answer a range with everything
 
     def create(self, path: str, content: bytes) -> None:
@@ -183,8 +189,8 @@ class Remote:
         told = str(error).rstrip(".") or type(error).__name__
         if isinstance(error, PermissionError):
             return UsageError(
-                f"The store {self.shown} {what}: {told}. The credentials must allow to list the bucket and to "
-                "read what is under the prefix, and for publishing to write there."
+                f"The store {self.shown} {what}: {told}. The credentials must allow to list the bucket "
+                "and to read what is under the prefix, and for publishing to write there."
             )
         if "Credential" in type(error).__name__:  # botocore's, which is not always there to be named
             return UsageError(
@@ -196,6 +202,8 @@ class Remote:
         return Unavailable(f"The store {self.shown} {what}: {told}.")
 
 
+# What S3 says of a range that begins at the end of an object.
+_NOTHING_THERE = ("InvalidRange", "416")
 # S3 says the second while two conditional writes of one key are under way.
 _LOST = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
 
