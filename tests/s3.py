@@ -64,6 +64,16 @@ class S3:
             if f"{key}/".startswith(f"{path}/"):
                 self._held.delete_object(bucket, key)
 
+    def content(self, url: str, path: str) -> dict[str, bytes]:
+        """What is under a path of a store, by its path from there."""
+        bucket, _, prefix = f"{url}/{path}/".removeprefix("s3://").partition("/")
+        keys = self._held.buckets[bucket].keys
+        return {key.removeprefix(prefix): keys[key].value for key in list(keys) if key.startswith(prefix)}
+
+    def remove_buckets(self) -> None:
+        """Forget what another server of this process held."""
+        self._held.reset()
+
     def create_bucket(self, name: str) -> None:
         self._held.create_bucket(name, "us-east-1")
 

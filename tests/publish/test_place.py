@@ -4,18 +4,11 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-import fsspec
-import numpy as np
 import pytest
-import torch
 from tests.s3 import S3, environment, s3
 
 from pushforward.errors import Conflict, PublishFailed
-from pushforward.flows.fields import MLP
-from pushforward.loading import load_model
-from pushforward.publish import publish
 from pushforward.publish.place import Place, place_at
-from pushforward.store.opening import opened
 from pushforward.store.remote import Remote
 
 BUNDLED = Path(__file__).parents[2] / "model_store"
@@ -43,27 +36,9 @@ def drafted(tmp_path: Path, who: str, number: int) -> Path:
     return folder
 
 
-def content(url: str, version: str) -> dict[str, bytes]:
-    fs, base = fsspec.url_to_fs(f"{url}/{version}", skip_instance_cache=True)
-    return {path.removeprefix(f"{base}/"): data for path, data in fs.cat(base, recursive=True).items()}
-
-
 def numbered(place: Place) -> int:
     with place.next_number("moons") as number:
         return number
-
-
-def test_a_field_is_published_to_s3_and_loaded_from_there(url: str, tmp_path: Path) -> None:
-    torch.manual_seed(0)
-    rows = np.random.default_rng(0).normal(size=(60, 1))
-    for version in (1, 2):
-        manifest = publish(MLP(1, (16,)), store=url, name="new", calibration=rows, method="bosh3")
-        assert manifest.version == version
-    catalog = opened(url, tmp_path / "cache", 100)
-    found = catalog.resolve("new")
-    assert found.manifest == manifest
-    catalog.fetch(found)
-    load_model(found.folder)
 
 
 def test_the_manifest_goes_last_and_one_that_is_interrupted_leaves_nothing(
@@ -72,17 +47,18 @@ def test_the_manifest_goes_last_and_one_that_is_interrupted_leaves_nothing(
     place_at(url).put(drafted(tmp_path, "ann", 1))
     puts = [line.split()[6] for line in server.requests if f"PUT /{url[5:]}/" in line]
     assert puts[-1].endswith("/moons/1/manifest.json")
-    assert len(set(puts)) == len(content(url, "moons/1")) == 15
+    assert len(set(puts)) == len(server.content(url, "moons/1")) == 15
     half, weights = drafted(tmp_path, "bob", 2), "weights.safetensors"
     (half / weights).unlink()
     (half / weights).symlink_to("/proc/self/mem")  # which is a file, and cannot be read
     with pytest.raises(OSError, match="Input/output error"):
         place_at(url).put(half)
-    fs, base = fsspec.url_to_fs(url, skip_instance_cache=True)
-    assert fs.ls(f"{base}/moons") == [f"{base}/moons/1"]
+    assert server.content(url, "moons/2") == {}
 
 
-def test_who_comes_second_gets_a_conflict_and_then_the_next_number(url: str, tmp_path: Path) -> None:
+def test_who_comes_second_gets_a_conflict_and_then_the_next_number(
+    server: S3, url: str, tmp_path: Path
+) -> None:
     ann, bob = place_at(url), place_at(url)
     assert (numbered(ann), numbered(bob)) == (1, 1)
     ann.put(drafted(tmp_path, "ann", 1))
@@ -91,11 +67,11 @@ def test_who_comes_second_gets_a_conflict_and_then_the_next_number(url: str, tmp
     assert numbered(bob) == 2
     bob.put(drafted(tmp_path, "bob", 2))
     for number, who in ((1, b"ann"), (2, b"bob")):
-        assert content(url, f"moons/{number}")["weights.safetensors"] == who
+        assert server.content(url, f"moons/{number}")["weights.safetensors"] == who
 
 
 def test_of_two_who_publish_at_once_one_wins_with_all_its_files(
-    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: S3, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ann, bob, create = place_at(url), place_at(url), Remote.create
     theirs, refused = drafted(tmp_path, "bob", 1), []
@@ -111,14 +87,14 @@ def test_of_two_who_publish_at_once_one_wins_with_all_its_files(
     monkeypatch.setattr(Remote, "create", interrupted)
     ann.put(drafted(tmp_path, "ann", 1))
     assert refused == ["moons/1/MODEL_CARD.md"]
-    stored = content(url, "moons/1")
+    stored = server.content(url, "moons/1")
     assert stored["weights.safetensors"] == b"ann"
     assert stored["manifest.json"] == b"ann's"
     assert len(stored) == 15
 
 
 def test_an_answer_that_was_lost_is_no_conflict_with_oneself(
-    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    server: S3, url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     create = Remote.create
 
@@ -129,7 +105,7 @@ def test_an_answer_that_was_lost_is_no_conflict_with_oneself(
 
     monkeypatch.setattr(Remote, "create", twice)
     place_at(url).put(drafted(tmp_path, "ann", 1))
-    assert content(url, "moons/1")["manifest.json"] == b"ann's"
+    assert server.content(url, "moons/1")["manifest.json"] == b"ann's"
 
 
 def test_a_store_that_is_not_there_cannot_be_published_to(server: S3, tmp_path: Path) -> None:
