@@ -31,6 +31,7 @@ from pushforward.metrics import EngineCollector, Metrics
 from pushforward.programs.devices import check_devices, gpus
 from pushforward.settings import Settings
 from pushforward.store.catalog import Catalog
+from pushforward.store.opening import opened
 from pushforward.tracing import Tracing
 
 __all__ = ["offline", "serve", "work"]
@@ -47,14 +48,16 @@ def serve(settings: Settings) -> None:
     """Serve the models of the store over HTTP until told to stop.
 
     Raises:
-        UsageError: when the address cannot be listened on, or traces cannot be made.
+        UsageError: when the address cannot be listened on, the store cannot be opened, or traces cannot be
+            made.
         NotFound: when there is no model store.
+        Unavailable: when the store cannot be reached, and nothing of it is in the cache.
     """
     logs.configure(settings.log_level, settings.log_format)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)
-    catalog = Catalog(settings.store)
-    catalog.models()  # no store is an error now, not a server without models
+    # no store is an error now, not a server without models
+    catalog = opened(settings.store, settings.cache, settings.cache_mb)
     admission = Admission(settings.max_queue_rows, settings.max_queue_bytes)
     metrics = Metrics(admission)
     tracing = Tracing() if settings.tracing else None
@@ -91,7 +94,8 @@ def serve(settings: Settings) -> None:
     told = {"url": url, "docs": f"{url}/docs", "admin": admin_url[0] if admin_url else None}
     log.info("listening", extra=logs.fields(**told, keys=keyring is not None))
     gc.freeze()  # what is there now stays: collections need not look at it again and again
-    Server(config, broker).run(sockets=listeners)
+    with catalog.followed(settings.watch_s):
+        Server(config, broker).run(sockets=listeners)
 
 
 def work(settings: Settings) -> None:
@@ -100,17 +104,21 @@ def work(settings: Settings) -> None:
     Raises:
         UsageError: when there is no queue to work for, or a setting does not fit.
         NotFound: when there is no model store.
+        Unavailable: when the store cannot be reached, and nothing of it is in the cache.
     """
     logs.configure(settings.log_level, settings.log_format)
     if settings.broker is None:
         raise UsageError("A worker needs a queue to work for: give --broker, such as redis://localhost:6379.")
     if settings.workers == 0:
         raise UsageError("--workers is 0: a worker needs at least one process; leave it out.")
-    Catalog(settings.store).models()  # no store is an error now, not a worker without models
+    # no store is an error now, not a worker without models
+    catalog = opened(settings.store, settings.cache, settings.cache_mb)
     listener = None
     if settings.admin_port is not None:  # which tells how it is, and does nothing for anybody
         listener = _listener(settings.host, "--admin-port", settings.admin_port, loopback_only=False)
     setups = _setups(settings)
+    if settings.tracing:  # what is missing is told now, not by every process in turn
+        Tracing().close()
     collector = EngineCollector()
     local = LocalBroker(setups, settings.stall_s, collector)
     collector.models = local.models
@@ -118,7 +126,8 @@ def work(settings: Settings) -> None:
 
     import uvloop
 
-    uvloop.run(_work(settings, local, collector, listener))
+    with catalog.followed(settings.watch_s):
+        uvloop.run(_work(settings, local, collector, listener))
 
 
 async def _work(
@@ -210,7 +219,7 @@ def _setups(settings: Settings) -> list[Setup]:
     workers = settings.workers or (spare_cores if devices == ["cpu"] else len(devices))
     return [
         Setup(
-            store=str(settings.store),
+            store=settings.store,
             versions=settings.versions,
             load=settings.load,
             watch_s=settings.watch_s,
@@ -221,6 +230,8 @@ def _setups(settings: Settings) -> list[Setup]:
             log_level=settings.log_level,
             log_format=settings.log_format,
             tracing=settings.tracing,
+            cache=None if settings.cache is None else str(settings.cache),
+            cache_mb=settings.cache_mb,
         )
         for device in itertools.islice(itertools.cycle(devices), workers)
     ]

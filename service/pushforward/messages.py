@@ -61,7 +61,7 @@ class Setup(msgspec.Struct, frozen=True):
     """What a worker process is to be; its command line carries this as JSON."""
 
     store: str
-    """Folder of the model store."""
+    """Folder or URL of the model store."""
     versions: str
     """Which versions to keep loaded, as ``settings.Settings.versions`` says it."""
     load: str
@@ -77,6 +77,9 @@ class Setup(msgspec.Struct, frozen=True):
     log_level: str
     log_format: str
     tracing: bool = False
+    cache: str | None = None
+    """Folder for copies of a store at a URL."""
+    cache_mb: int = 10_000
 
 
 class Work(msgspec.Struct, tag=True, array_like=True, frozen=True):

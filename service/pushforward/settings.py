@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from pushforward.errors import UsageError
 
@@ -19,6 +19,10 @@ PREFIX = "PUSHFORWARD_"
 VERSIONS = r"^(latest(:[1-9][0-9]{0,4})?|all|[^/,\s]+/[1-9][0-9]{0,8}(,[^/,\s]+/[1-9][0-9]{0,8})*)$"
 
 
+def _spelt(store: Any) -> Any:
+    return os.fspath(store) if isinstance(store, Path) else store
+
+
 class Settings(BaseModel):
     """Everything that can be set, for the server and for the commands that work without one."""
 
@@ -26,15 +30,19 @@ class Settings(BaseModel):
 
     config: Path | None = None
     """File with settings, in TOML: lines such as port = 9000; flags and variables win over it."""
-    store: Path = Path("model_store")
-    """Folder of the model store."""
+    store: Annotated[str, BeforeValidator(_spelt), Field(min_length=1)] = "model_store"
+    """Model store: a folder, or a URL such as s3://bucket/prefix."""
+    cache: Path | None = None
+    """Folder for copies of a store at a URL; unless given, pushforward in the user's cache folder."""
+    cache_mb: Annotated[int, Field(ge=1)] = 10_000
+    """Megabytes of copies that are kept; beyond, those of the versions unused for longest go."""
 
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for every interface."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port to listen on; 0 takes a free one and the log says which."""
     admin_port: Annotated[int, Field(ge=0, le=65535)] | None = None
-    """Port of its own for load, unload and /metrics; that of a `pushforward worker` for health and metrics."""
+    """Port of its own for load, unload and /metrics; of a `pushforward worker`, for health and metrics."""
     keys: Annotated[str, Field(min_length=1)] | None = None
     """API keys that requests must have: a file, or a redis:// address that several servers share."""
     insecure: bool = False

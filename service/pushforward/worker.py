@@ -49,7 +49,7 @@ from pushforward.messages import (
     frame,
 )
 from pushforward.spans import solve
-from pushforward.store.catalog import Catalog
+from pushforward.store.opening import catalog_of
 from pushforward.tracing import Tracing
 
 __all__ = ["Channel", "Worker", "main"]
@@ -139,7 +139,7 @@ class Worker:
     def __init__(self, channel: Channel, setup: Setup) -> None:
         self._channel = channel
         self._keeper = Keeper(
-            Catalog(Path(setup.store)),
+            catalog_of(setup.store, None if setup.cache is None else Path(setup.cache), setup.cache_mb),
             setup.versions,
             setup.load,
             setup.watch_s,

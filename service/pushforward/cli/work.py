@@ -254,6 +254,7 @@ def train(
         file,
         name,
         settings.store,
+        cache=settings.cache,
         label=label,
         context=_names(context) or (),
         columns=_names(columns),
