@@ -30,7 +30,7 @@ from pushforward.api.openapi import Operation, document
 from pushforward.api.routes import Routes
 from pushforward.api.wire import Door, Endpoint, request_id
 from pushforward.dataplane import Dataplane
-from pushforward.metrics import Metrics
+from pushforward.metrics import Metrics, Readiness
 
 __all__ = ["build", "operations"]
 
@@ -85,6 +85,7 @@ def build(plane: Dataplane, metrics: Metrics, max_body_bytes: int) -> ASGIApp:
         for one in table
     ]
     metrics.engine.models = plane.broker.models
+    metrics.registry.register(Readiness(plane.broker.unavailable))
     page = Path(__file__).with_name("docs.html").read_bytes()
 
     async def docs(request: Request) -> Response:
