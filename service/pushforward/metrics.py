@@ -135,7 +135,7 @@ class Metrics(Collector):
 
 
 class Readiness(Collector):
-    """Whether this process would take work now, as a gauge: what ``/health/ready`` says, for those who scrape.
+    """Whether this process would take work now, as ``/health/ready`` says it.
 
     Args:
         unavailable: tells why not, or None; see ``Broker.unavailable``.

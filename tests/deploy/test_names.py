@@ -36,7 +36,7 @@ def expressions(checkout: Path) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def exported(checkout: Path) -> dict[str, set[str]]:
-    """The labels of every metric of a server that has answered well and badly, by the names of its samples."""
+    """The labels of every metric of a server that has answered well and badly, by sample name."""
     with servers(lambda: checkout / "model_store") as start:
         server = start("--versions", "moons/1", "--max-queue-rows", "10")
         with server.client() as client:
