@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import itertools
 import logging
@@ -14,17 +15,20 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+from prometheus_client.registry import CollectorRegistry
+
 from pushforward import logs
+from pushforward.broker.base import Broker
 from pushforward.broker.local import LocalBroker
 from pushforward.dataplane import Admission, Dataplane, Limits
 from pushforward.errors import UsageError
 from pushforward.messages import Setup
-from pushforward.metrics import Metrics
+from pushforward.metrics import EngineCollector, Metrics, Readiness
 from pushforward.programs.devices import check_devices, gpus
 from pushforward.settings import Settings
 from pushforward.store.catalog import Catalog
 
-__all__ = ["offline", "serve"]
+__all__ = ["offline", "serve", "work"]
 
 log = logging.getLogger(__name__)
 
@@ -47,12 +51,8 @@ def serve(settings: Settings) -> None:
     catalog.models()  # no store is an error now, not a server without models
     admission = Admission(settings.max_queue_rows, settings.max_queue_bytes)
     metrics = Metrics(admission)
-    broker = LocalBroker(_setups(settings), settings.stall_s, metrics.engine)
-    metrics.engine.models = broker.models
     listener = _listening(settings.host, settings.port)
-    broker.spawn()  # it loads its models while this process imports what only serving needs
-
-    import uvicorn
+    broker = _broker(settings, admission, metrics)
 
     from pushforward.api.app import build
     from pushforward.api.server import Server
@@ -67,26 +67,93 @@ def serve(settings: Settings) -> None:
     )
     plane = Dataplane(catalog, broker, limits, admission, settings.canary_share)
     app = build(plane, metrics, settings.max_body_bytes)
-    config = uvicorn.Config(
-        app,
-        loop="uvloop",
-        http="httptools",
-        ws="none",
-        lifespan="on",
-        log_config=None,
-        log_level="warning",
-        access_log=False,  # a request has its own line, with more in it
-        proxy_headers=False,
-        server_header=False,
-        timeout_keep_alive=_KEEP_ALIVE_S,
-        timeout_graceful_shutdown=math.ceil(settings.drain_s),
-        backlog=_BACKLOG,
-    )
-    host, port = listener.getsockname()[:2]
-    shown = f"[{host}]" if ":" in host else host
-    log.info("listening", extra=logs.fields(url=f"http://{shown}:{port}", docs=f"http://{shown}:{port}/docs"))
+    config = _uvicorn(app, lifespan="on", timeout_graceful_shutdown=math.ceil(settings.drain_s))
+    url = _url(listener)
+    log.info("listening", extra=logs.fields(url=url, docs=f"{url}/docs"))
     gc.freeze()  # what is there now stays: collections need not look at it again and again
     Server(config, broker).run(sockets=[listener])
+
+
+def work(settings: Settings) -> None:
+    """Solve chunks of a queue that API processes share, until told to stop.
+
+    Raises:
+        UsageError: when there is no queue to work for, or a setting does not fit.
+        NotFound: when there is no model store.
+    """
+    logs.configure(settings.log_level, settings.log_format)
+    if settings.broker is None:
+        raise UsageError("A worker needs a queue to work for: give --broker, such as redis://localhost:6379.")
+    if settings.workers == 0:
+        raise UsageError("--workers is 0: a worker needs at least one process; leave it out.")
+    Catalog(settings.store).models()  # no store is an error now, not a worker without models
+    listener = None if settings.admin_port is None else _listening(settings.host, settings.admin_port)
+    setups = _setups(settings)
+    collector = EngineCollector()
+    local = LocalBroker(setups, settings.stall_s, collector)
+    collector.models = local.models
+    local.spawn()
+
+    import uvloop
+
+    uvloop.run(_work(settings, local, collector, listener))
+
+
+async def _work(
+    settings: Settings, local: LocalBroker, collector: EngineCollector, listener: socket.socket | None
+) -> None:
+    from pushforward.api.probes import build_probes
+    from pushforward.api.server import Probes
+    from pushforward.broker.redis.back import Puller
+
+    assert settings.broker is not None
+    told = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def leave() -> None:
+        if told.is_set():  # for the second time
+            os._exit(1)
+        told.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, leave)
+    await local.start()
+    rows = 2 * settings.slots * local.size
+    puller = Puller(settings.broker, local, rows, settings.lease_s, collector)
+    registry = CollectorRegistry(auto_describe=True)
+    registry.register(collector)
+    registry.register(Readiness(puller.unavailable))
+    await puller.start()
+    probes = None
+    if listener is not None:
+        app = build_probes(puller.unavailable, registry)
+        probes = asyncio.create_task(Probes(_uvicorn(app, lifespan="off")).serve(sockets=[listener]))
+        log.info("listening", extra=logs.fields(url=_url(listener)))
+    await told.wait()
+    log.info("leaving", extra=logs.fields(chunks=puller.holds))
+    await puller.drain(settings.drain_s)
+    await local.close()
+    if probes is not None:
+        probes.cancel()
+        await asyncio.wait([probes])
+
+
+def _broker(settings: Settings, admission: Admission, metrics: Metrics) -> Broker:
+    """The way to the workers: processes of this machine, started now, or a queue with others behind it."""
+    if settings.broker is not None:
+        if settings.workers:
+            raise UsageError(
+                f"--broker leaves the solving to `pushforward worker`, and --workers is {settings.workers}: "
+                "leave it out, or give 0."
+            )
+        from pushforward.broker.redis.front import RedisBroker
+
+        return RedisBroker(settings.broker, admission)
+    if settings.workers == 0:
+        raise UsageError("--workers is 0, which needs a --broker whose workers are elsewhere.")
+    broker = LocalBroker(_setups(settings), settings.stall_s, metrics.engine)
+    broker.spawn()  # it loads its models while this process imports what only serving needs
+    return broker
 
 
 @asynccontextmanager
@@ -151,6 +218,31 @@ def _listening(host: str, port: int) -> socket.socket:
             "Choose another port; 0 takes a free one."
         ) from None
     return listener
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _uvicorn(app: Any, **options: Any) -> Any:
+    """How HTTP is spoken."""
+    import uvicorn
+
+    return uvicorn.Config(
+        app,
+        loop="uvloop",
+        http="httptools",
+        ws="none",
+        log_config=None,
+        log_level="warning",
+        access_log=False,  # a request has its own line, with more in it
+        proxy_headers=False,
+        server_header=False,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        backlog=_BACKLOG,
+        **options,
+    )
 
 
 def _leave(number: int, frame: Any) -> None:

@@ -36,6 +36,7 @@ __all__ = [
     "Work",
     "decode_from_worker",
     "decode_to_worker",
+    "encode",
     "frame",
 ]
 
@@ -249,9 +250,14 @@ _to_worker = msgspec.msgpack.Decoder(ToWorker, dec_hook=_decode_array)
 _from_worker = msgspec.msgpack.Decoder(FromWorker, dec_hook=_decode_array)
 
 
+def encode(message: ToWorker | FromWorker) -> bytes:
+    """A message by itself."""
+    return _encoder.encode(message)
+
+
 def frame(message: ToWorker | FromWorker) -> bytes:
     """A message as it goes onto a stream: its length, then itself."""
-    body = _encoder.encode(message)
+    body = encode(message)
     return _LENGTH.pack(len(body)) + body
 
 

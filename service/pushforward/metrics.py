@@ -25,7 +25,7 @@ from pushforward.messages import NFE, OCCUPANCY, STEP_SECONDS, Beat, Counts, Mod
 
 prometheus.disable_created_metrics()  # type: ignore[no-untyped-call]
 
-__all__ = ["EngineCollector", "Metrics", "Readiness", "Tally"]
+__all__ = ["EngineCollector", "Metrics", "Readiness", "Tally", "exposition"]
 
 Values = Iterable[tuple[tuple[str, ...], float]]
 """The words of the labels, and the value."""
@@ -129,9 +129,14 @@ class Metrics(Collector):
             yield _gauge(name, text, [], [((), value)])
 
     def exposition(self, accept: str) -> tuple[str, bytes]:
-        """Content type and text of all metrics, in the best format that an ``Accept`` header allows."""
-        encode, content_type = choose_encoder(accept)
-        return content_type, encode(self.registry)
+        """See ``exposition``."""
+        return exposition(self.registry, accept)
+
+
+def exposition(registry: CollectorRegistry, accept: str) -> tuple[str, bytes]:
+    """Content type and text of all metrics, in the best format that an ``Accept`` header allows."""
+    encode, content_type = choose_encoder(accept)
+    return content_type, encode(registry)
 
 
 class Readiness(Collector):

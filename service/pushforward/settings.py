@@ -35,7 +35,13 @@ class Settings(BaseSettings):
 
     device: Annotated[str, Field(pattern=r"^(auto|(cpu|cuda:[0-9]+)(,(cpu|cuda:[0-9]+))*)$")] = "auto"
     """Where workers integrate: cpu, cuda:0, or several with commas between; auto: every GPU, else the CPU."""
-    workers: Annotated[int, Field(ge=1, le=1024)] | None = None
+    broker: str | None = None
+    """Redis or Valkey queue to serve from or work for: redis://host, rediss://, unix://, sentinel://a,b/name."""
+    lease_s: Annotated[float, Field(ge=0.5, le=3600)] = 5.0
+    """Seconds after which chunks of a `pushforward worker` that does not answer are given to another."""
+    admin_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    """Port for health and metrics of a `pushforward worker`; None for none."""
+    workers: Annotated[int, Field(ge=0, le=1024)] | None = None
     """Worker processes, over the devices in turn; unless given, one for each GPU, or all cores but one."""
     stall_s: Annotated[float, Field(ge=0.2, le=3600)] = 10.0
     """Seconds without a step after which a worker that holds rows is taken for stuck, and replaced."""

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
+from collections.abc import Iterator
 from types import FrameType
 
 import uvicorn
 
 from pushforward.broker.base import Broker
 
-__all__ = ["Server"]
+__all__ = ["Probes", "Server"]
 
 _LINGER_S = 0.5  # for what is on its way on open connections, and for those who ask whether we are ready
 
@@ -43,3 +45,12 @@ class Server(uvicorn.Server):
         if not self.force_exit:
             await asyncio.sleep(_LINGER_S)
         await super().shutdown(sockets)
+
+
+class Probes(uvicorn.Server):
+    """An HTTP server beside something else, which leaves the signals alone and ends when it is cancelled."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Capture none."""
+        yield

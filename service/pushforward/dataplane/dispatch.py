@@ -7,8 +7,8 @@ import itertools
 import secrets
 import time
 from collections import Counter
-from collections.abc import Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,8 +57,8 @@ class Dispatcher:
         self._admission = admission
         self._requests = (f"{secrets.token_hex(4)}-{number}" for number in itertools.count())
 
-    @contextmanager
-    def admit(
+    @asynccontextmanager
+    async def admit(
         self,
         manifest: Manifest,
         rows: int,
@@ -67,7 +67,7 @@ class Dispatcher:
         *,
         times: int = 1,
         what: str = "",
-    ) -> Iterator[Admitted]:
+    ) -> AsyncIterator[Admitted]:
         """Take a request in, before its rows are made, for as long as the block runs.
 
         Args:
@@ -96,7 +96,8 @@ class Dispatcher:
             raise _too_late(timeout_s, rows, [], [])
         nbytes = 8 * rows * (manifest.dim + manifest.context_dim)
         with self._admission.admit(rows, nbytes, ticket.body) as place:
-            ticket.rows, ticket.admitted_s = rows, elapsed_s
+            await self._broker.admit(rows, nbytes)
+            ticket.rows, ticket.admitted_s = rows, time.time() - ticket.arrived
             yield Admitted(manifest, options, ticket, place, timeout_s)
 
     async def solve(

@@ -135,7 +135,7 @@ class Dataplane:
         calibration = model.calibration
         count, choices = len(x), explain * calibration.quantiles.size
         what = "itself, and every feature at every quantile to explain it"
-        with self._dispatcher.admit(
+        async with self._dispatcher.admit(
             model.manifest, count, options, ticket, times=1 + choices, what=what
         ) as admitted:
             rows = np.concatenate([x, replacements(x, calibration.quantiles)]) if explain else x
@@ -191,7 +191,7 @@ class Dataplane:
                 where="n",
             )
         dim = model.manifest.dim
-        with self._dispatcher.admit(model.manifest, count, options, ticket) as admitted:
+        async with self._dispatcher.admit(model.manifest, count, options, ticket) as admitted:
             if count * dim <= _SMALL_NOISE:
                 noise = standard_normal(seed, first, count, dim)
             else:
@@ -213,7 +213,7 @@ class Dataplane:
         density: bool = False,
     ) -> Result:
         """Carry rows across: x to z (``Kind.ENCODE``) or z to x (``Kind.DECODE``), as ``value`` [n, D]."""
-        with self._dispatcher.admit(model.manifest, len(start), options, ticket) as admitted:
+        async with self._dispatcher.admit(model.manifest, len(start), options, ticket) as admitted:
             (result,) = await self._dispatcher.solve(admitted, kind, start, context, density=density)
         return result
 
@@ -239,7 +239,7 @@ class Dataplane:
                     f"times[{number}] is {t}; the model's times go from {earliest} to {latest}.",
                     where=f"times[{number}]",
                 )
-        with self._dispatcher.admit(
+        async with self._dispatcher.admit(
             model.manifest, len(start), options, ticket, times=len(times), what="one for each time"
         ) as admitted:
             return await self._dispatcher.solve(admitted, kind, start, context, density=False, times=times)
