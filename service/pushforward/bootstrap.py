@@ -27,6 +27,7 @@ from pushforward.metrics import EngineCollector, Metrics, Readiness
 from pushforward.programs.devices import check_devices, gpus
 from pushforward.settings import Settings
 from pushforward.store.catalog import Catalog
+from pushforward.tracing import Tracing
 
 __all__ = ["offline", "serve", "work"]
 
@@ -41,7 +42,7 @@ def serve(settings: Settings) -> None:
     """Serve the models of the store over HTTP until told to stop.
 
     Raises:
-        UsageError: when the address cannot be listened on.
+        UsageError: when the address cannot be listened on, or traces cannot be made.
         NotFound: when there is no model store.
     """
     logs.configure(settings.log_level, settings.log_format)
@@ -51,6 +52,7 @@ def serve(settings: Settings) -> None:
     catalog.models()  # no store is an error now, not a server without models
     admission = Admission(settings.max_queue_rows, settings.max_queue_bytes)
     metrics = Metrics(admission)
+    tracing = Tracing() if settings.tracing else None
     listener = _listening(settings.host, settings.port)
     broker = _broker(settings, admission, metrics)
 
@@ -66,7 +68,7 @@ def serve(settings: Settings) -> None:
         interactive_rows=settings.interactive_rows,
     )
     plane = Dataplane(catalog, broker, limits, admission, settings.canary_share)
-    app = build(plane, metrics, settings.max_body_bytes)
+    app = build(plane, metrics, settings.max_body_bytes, tracing)
     config = _uvicorn(app, lifespan="on", timeout_graceful_shutdown=math.ceil(settings.drain_s))
     url = _url(listener)
     log.info("listening", extra=logs.fields(url=url, docs=f"{url}/docs"))
@@ -164,7 +166,7 @@ async def offline(settings: Settings, catalog: Catalog) -> AsyncIterator[Datapla
         settings: of which the limits and deadlines, which protect a server, do not apply.
         catalog: where the models are.
     """
-    quiet = {"load": "first-use", "log_level": "warning", "workers": settings.workers or 1}
+    quiet = {"load": "first-use", "log_level": "warning", "workers": settings.workers or 1, "tracing": False}
     broker = LocalBroker(_setups(settings.model_copy(update=quiet)), settings.stall_s)
     limits = Limits(
         rows=_UNLIMITED,
@@ -199,6 +201,7 @@ def _setups(settings: Settings) -> list[Setup]:
             step_budget_ms=settings.step_budget_ms,
             log_level=settings.log_level,
             log_format=settings.log_format,
+            tracing=settings.tracing,
         )
         for device in itertools.islice(itertools.cycle(devices), workers)
     ]

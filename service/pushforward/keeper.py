@@ -29,7 +29,7 @@ from pathlib import Path
 
 from pushforward import logs
 from pushforward.errors import InvalidModel, NotFound, PushforwardError
-from pushforward.loading import LoadedModel, load_model
+from pushforward.loading import LoadedModel, Proof, load_model
 from pushforward.messages import ModelState
 from pushforward.store.catalog import Catalog
 from pushforward.store.policy import Policy, Version
@@ -139,6 +139,20 @@ class Keeper:
         if model is not None:
             self._used[name, version] = next(self._clock)
         return model
+
+    def held(self, name: str, version: int) -> LoadedModel:
+        """A version that ``get`` has found in this turn of the loop, which may be draining by now."""
+        with self._changed:
+            return self._loaded.get((name, version)) or self._draining[name, version]
+
+    def proof(self) -> Proof | None:
+        """That of the version asked for it least often; None when nothing is loaded. No use of a version."""
+        with self._changed:
+            model = min(self._loaded.values(), key=lambda model: model.proofs, default=None)
+        if model is None:
+            return None
+        model.proofs += 1
+        return model.proof
 
     def want(self, name: str, version: int) -> None:
         """Have a version loaded for a chunk, before all others; an event says ``ready`` or ``failed``."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -31,6 +32,7 @@ from pushforward.api.routes import Routes
 from pushforward.api.wire import Door, Endpoint, request_id
 from pushforward.dataplane import Dataplane
 from pushforward.metrics import Metrics, Readiness
+from pushforward.tracing import Tracing
 
 __all__ = ["build", "operations"]
 
@@ -70,18 +72,19 @@ def operations(routes: Routes) -> list[Operation]:
     ]
 
 
-def build(plane: Dataplane, metrics: Metrics, max_body_bytes: int) -> ASGIApp:
+def build(plane: Dataplane, metrics: Metrics, max_body_bytes: int, tracing: Tracing | None = None) -> ASGIApp:
     """The application.
 
     Args:
         plane: answers the requests; its broker is started and closed with the application.
         metrics: of the server.
         max_body_bytes: the largest request body that is read.
+        tracing: makes a span for every request that solves; closed with the application.
     """
     table = operations(Routes(plane))
-    door = Door(plane.admission, plane.limits, metrics, max_body_bytes)
+    door = Door(plane.admission, plane.limits, metrics, max_body_bytes, tracing)
     routes = [
-        Route(one.path, Endpoint(one.handler, door, one.request, one.status), methods=[one.method])
+        Route(one.path, Endpoint(one.handler, door, one.request, one.status, one.path), methods=[one.method])
         for one in table
     ]
     metrics.engine.models = plane.broker.models
@@ -100,6 +103,8 @@ def build(plane: Dataplane, metrics: Metrics, max_body_bytes: int) -> ASGIApp:
         await plane.broker.start()
         yield
         await plane.broker.close()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
 
     app = FastAPI(
         lifespan=lifespan,

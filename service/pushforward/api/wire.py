@@ -28,6 +28,8 @@ from pushforward.engine.request import Status
 from pushforward.errors import DeadlineExceeded, PushforwardError, Unavailable
 from pushforward.logs import fields
 from pushforward.metrics import Metrics
+from pushforward.spans import begin_request, end_request
+from pushforward.tracing import Tracing
 
 __all__ = ["Call", "Door", "Endpoint", "request_id"]
 
@@ -49,12 +51,14 @@ class Door:
         limits: how long requests may take.
         metrics: counts and times them.
         max_body_bytes: the largest body that is read.
+        tracing: makes their spans; None for none.
     """
 
     admission: Admission
     limits: Limits
     metrics: Metrics
     max_body_bytes: int
+    tracing: Tracing | None = None
 
 
 class Call:
@@ -83,8 +87,12 @@ class Call:
             f"solve;dur={1000 * self.solve_s:.3f}, total;dur={1000 * self.total_s:.3f}"
         )
 
-    def log(self, scope: Scope, status: int) -> None:
-        """Write the request's line."""
+    def trace_field(self) -> dict[str, str]:
+        """The field of its log lines that names its trace, if it has one."""
+        return {} if self.ticket.span is None else {"trace_id": self.ticket.span.trace_id}
+
+    def line(self, scope: Scope, status: int) -> dict[str, Any]:
+        """What the log says of it."""
         ticket = self.ticket
         if ticket.rows:
             ended = b"".join(result.status.tobytes() for result in ticket.results)
@@ -97,7 +105,8 @@ class Call:
                 "solve_ms": round(1000 * self.solve_s, 3),
             }
         told = {"request": self.id, "method": scope["method"], "path": scope["path"], "status": status}
-        log.info("request", extra={"fields": told | self.logged | {"wall_ms": round(1000 * self.total_s, 3)}})
+        wall = {"wall_ms": round(1000 * self.total_s, 3)}
+        return told | self.logged | wall | self.trace_field()
 
 
 class Endpoint(Generic[Query]):
@@ -108,6 +117,7 @@ class Endpoint(Generic[Query]):
         door: what all endpoints share.
         schema: what the body must be; None for an operation without a body, which solves nothing.
         status: of a good answer.
+        path: under which it stands, for its spans.
     """
 
     def __init__(
@@ -116,12 +126,15 @@ class Endpoint(Generic[Query]):
         door: Door,
         schema: type[Query] | None = None,
         status: int = 200,
+        path: str = "",
     ) -> None:
         self.handler = handler
         self.schema = schema
         self._validator = None if schema is None else TypeAdapter(schema).validator
         self._door = door
         self._status = status
+        self._path = path
+        self._tracing = None if schema is None else door.tracing
         # A body that the queue could never hold is as good as one that is never read.
         self._max_body_bytes = min(door.max_body_bytes, door.admission.max_bytes)
         stages = ("total",) if schema is None else ("total", "admission", "queue", "solve")
@@ -131,6 +144,8 @@ class Endpoint(Generic[Query]):
         """Answer one request."""
         call, requests = Call(scope), self._door.metrics.requests
         outcome, fault, status = "cancelled", "", _HUNG_UP
+        if self._tracing is not None:
+            call.ticket.span = begin_request(self._tracing, scope, self._path)
         requests.enter()
         try:
             headers, body = {"content-type": "application/json", "x-request-id": call.id}, b""
@@ -144,7 +159,7 @@ class Endpoint(Generic[Query]):
                 status, headers, body = problem(error, call.id)
                 call.logged["error"] = error.message
             except Exception:
-                log.exception("request failed", extra=fields(request=call.id))
+                log.exception("request failed", extra=fields(request=call.id, **call.trace_field()))
                 mistake = PushforwardError(
                     "The server made a mistake; its log has the details under this request id."
                 )
@@ -161,7 +176,7 @@ class Endpoint(Generic[Query]):
         finally:
             requests.leave(self.handler.__name__, outcome, fault)
             # Told when the answer is on its way, which it is at the end of this turn of the event loop.
-            asyncio.get_running_loop().call_soon(self._tell, call, scope, status)
+            asyncio.get_running_loop().call_soon(self._tell, call, scope, status, outcome, fault)
 
     async def _content(self, call: Call, scope: Scope, receive: Receive) -> Any:
         if self._validator is None:
@@ -189,11 +204,18 @@ class Endpoint(Generic[Query]):
                 whole.set_result(None)
                 return await self.handler(call, parsed(self._validator, body))
 
-    def _tell(self, call: Call, scope: Scope, status: int) -> None:
-        stages = (call.total_s, call.ticket.admitted_s, call.queue_s, call.solve_s)
-        for seconds, stage in zip(stages if call.ticket.rows else stages[:1], self._seconds, strict=False):
-            stage.observe(seconds)
-        call.log(scope, status)
+    def _tell(self, call: Call, scope: Scope, status: int, outcome: str, fault: str) -> None:
+        ticket = call.ticket
+        stages = (call.total_s, ticket.admitted_s, call.queue_s, call.solve_s)
+        exemplar = call.trace_field() if ticket.span is not None and ticket.span.sampled else None
+        for seconds, stage in zip(stages if ticket.rows else stages[:1], self._seconds, strict=False):
+            stage.observe(seconds, exemplar)
+        line = call.line(scope, status)
+        log.info("request", extra={"fields": line})
+        if ticket.span is not None:
+            admitted = ticket.arrived + ticket.admitted_s if ticket.rows else None
+            reply = None if status == _HUNG_UP else ticket.arrived + call.total_s
+            end_request(ticket.span, line, outcome, fault, admitted, reply)
 
 
 def request_id(scope: Scope) -> str:
