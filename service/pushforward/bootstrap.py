@@ -27,7 +27,7 @@ from pushforward.dataplane import Admission, Dataplane, Limits
 from pushforward.errors import UsageError
 from pushforward.keys import Keyring, check_keys, open_keys
 from pushforward.messages import Setup
-from pushforward.metrics import EngineCollector, Metrics
+from pushforward.metrics import EngineCollector, Metrics, Readiness
 from pushforward.programs.devices import check_devices, gpus
 from pushforward.settings import Settings
 from pushforward.store.catalog import Catalog
@@ -153,6 +153,7 @@ async def _work(
     puller = Puller(settings.broker, local, rows, settings.lease_s, collector)
     registry = CollectorRegistry(auto_describe=True)
     registry.register(collector)
+    registry.register(Readiness(puller.unavailable))
     await puller.start()
     probes = None
     if listener is not None:

@@ -37,7 +37,7 @@ from pushforward.api.wire import Door, Endpoint, request_id, sent_key
 from pushforward.dataplane import Dataplane
 from pushforward.errors import PushforwardError
 from pushforward.keys import Keyring
-from pushforward.metrics import Metrics
+from pushforward.metrics import Metrics, Readiness
 from pushforward.tracing import Tracing
 
 __all__ = ["build", "operations"]
@@ -121,6 +121,7 @@ def build(
     metrics.engine.models = plane.broker.models
     routes = Routes(plane, keyring)
     door = Door(plane.admission, plane.limits, metrics, max_body_bytes, keyring, tracing)
+    metrics.registry.register(Readiness(plane.broker.unavailable))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
