@@ -445,6 +445,7 @@ def main() -> int:
     try:
         subprocess.run([ROOT / "deploy/make-secrets", str(private)], check=True)
         stack.compose("build")
+        stack.compose("down", "--volumes", "--remove-orphans", "--timeout", "5")  # what --keep left
         begin = time.monotonic()
         scale = [word for service, count in REPLICAS.items() for word in ("--scale", f"{service}={count}")]
         stack.compose("up", "--detach", "--wait", "--wait-timeout", "180", *scale)
