@@ -20,8 +20,15 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 EXAMPLES: dict[str, Any] = {
     "config": "settings.toml",
     "store": "/srv/models",
+    "cache": "/srv/copies",
+    "cache_mb": 500,
     "host": "0.0.0.0",
     "port": 9000,
+    "admin_port": 9001,
+    "keys": "/srv/keys.json",
+    "insecure": True,
+    "broker": "redis://localhost",
+    "lease_s": 2.5,
     "device": "cpu,cuda:1",
     "workers": 3,
     "stall_s": 2.5,
@@ -35,6 +42,8 @@ EXAMPLES: dict[str, Any] = {
     "model_memory_mb": 100,
     "canary_share": 0.25,
     "max_body_bytes": 4096,
+    "max_connections": 100,
+    "header_timeout_s": 2.5,
     "max_rows": 500,
     "max_samples": 600,
     "max_queue_rows": 700,
@@ -44,6 +53,7 @@ EXAMPLES: dict[str, Any] = {
     "drain_s": 1.25,
     "log_level": "debug",
     "log_format": "json",
+    "tracing": True,
 }
 
 
@@ -75,7 +85,7 @@ def test_every_setting_can_be_set_by_a_flag_a_variable_and_a_file_in_this_order(
     name: str, monkeypatch: pytest.MonkeyPatch, write: Any
 ) -> None:
     default, value = getattr(Settings(), name), EXAMPLES[name]
-    expected = Path(value) if name in ("config", "store") else value
+    expected = Path(value) if name in ("config", "cache") else value
     flag, variable, other = f"--{name.replace('_', '-')}", PREFIX + name.upper(), write("").with_name("other")
     other.write_text("")
     assert expected != default
@@ -84,7 +94,7 @@ def test_every_setting_can_be_set_by_a_flag_a_variable_and_a_file_in_this_order(
         monkeypatch.chdir(other.parent)
         overridden = str(other)
     else:
-        overridden = str(default if default is not None else value + 1)
+        overridden = str(value * 2 if default is None else default)
         file = write(f"{name} = {json.dumps(value)}")
         assert getattr(load_settings(**parsed("--config", str(file))), name) == expected
         monkeypatch.setenv("PUSHFORWARD_CONFIG", str(file))
@@ -94,7 +104,7 @@ def test_every_setting_can_be_set_by_a_flag_a_variable_and_a_file_in_this_order(
     assert getattr(load_settings(**parsed()), name) == expected
     monkeypatch.setenv(variable, overridden)
     assert getattr(load_settings(**parsed()), name) != expected
-    assert getattr(load_settings(**parsed(flag, str(value))), name) == expected
+    assert getattr(load_settings(**parsed(flag, *([] if value is True else [str(value)]))), name) == expected
 
 
 def test_a_flag_that_is_none_was_not_given(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +113,13 @@ def test_a_flag_that_is_none_was_not_given(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("pushforward_port", "9001")
     monkeypatch.delenv("PUSHFORWARD_PORT")
     assert load_settings().port == 9001
+
+
+def test_a_store_is_a_path_or_a_url(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PUSHFORWARD_STORE", "/srv/models")
+    assert load_settings().store == "/srv/models"
+    assert load_settings(store=Path("models")).store == "models"
+    assert load_settings(store="s3://bucket/models").store == "s3://bucket/models"
 
 
 @pytest.mark.parametrize(

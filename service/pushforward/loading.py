@@ -20,7 +20,7 @@ from safetensors.numpy import load as load_safetensors
 
 from pushforward.engine.engine import Engine, Model
 from pushforward.engine.request import Answer, Array, Chunk, Kind
-from pushforward.errors import InvalidModel
+from pushforward.errors import InvalidModel, brief
 from pushforward.programs.runtime import Program
 from pushforward.store.catalog import Catalog
 from pushforward.store.manifest import Manifest, Solver
@@ -147,7 +147,7 @@ def load_model(folder: Path, device: str = "cpu") -> LoadedModel:
     except InvalidModel:
         raise
     except Exception as error:  # whatever ONNX Runtime says about shapes and types
-        raise InvalidModel(f"{file} does not fit the model: {error}.", file=file) from None
+        raise InvalidModel(f"{file} does not fit the model: {brief(error)}.", file=file) from None
     model.hold()
     return model
 

@@ -37,6 +37,7 @@ __all__ = [
     "Work",
     "decode_from_worker",
     "decode_to_worker",
+    "encode",
     "frame",
 ]
 
@@ -60,7 +61,7 @@ class Setup(msgspec.Struct, frozen=True):
     """What a worker process is to be; its command line carries this as JSON."""
 
     store: str
-    """Folder of the model store."""
+    """Folder or URL of the model store."""
     versions: str
     """Which versions to keep loaded, as ``settings.Settings.versions`` says it."""
     load: str
@@ -75,6 +76,10 @@ class Setup(msgspec.Struct, frozen=True):
     step_budget_ms: float
     log_level: str
     log_format: str
+    tracing: bool = False
+    cache: str | None = None
+    """Folder for copies of a store at a URL."""
+    cache_mb: int = 10_000
 
 
 class Work(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -108,6 +113,8 @@ class Work(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """Counts how often the chunk has been handed out; an answer with an older one is discarded."""
     request: str = ""
     """What the chunks of one request have in common: requests take turns."""
+    trace: dict[str, str] = {}
+    """The context of its span, as W3C Trace Context spells it; empty for a chunk that is not traced."""
 
 
 class Cancel(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -255,9 +262,14 @@ _to_worker = msgspec.msgpack.Decoder(ToWorker, dec_hook=_decode_array)
 _from_worker = msgspec.msgpack.Decoder(FromWorker, dec_hook=_decode_array)
 
 
+def encode(message: ToWorker | FromWorker) -> bytes:
+    """A message by itself."""
+    return _encoder.encode(message)
+
+
 def frame(message: ToWorker | FromWorker) -> bytes:
     """A message as it goes onto a stream: its length, then itself."""
-    body = _encoder.encode(message)
+    body = encode(message)
     return _LENGTH.pack(len(body)) + body
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from pushforward.errors import UsageError
 
@@ -19,6 +19,10 @@ PREFIX = "PUSHFORWARD_"
 VERSIONS = r"^(latest(:[1-9][0-9]{0,4})?|all|[^/,\s]+/[1-9][0-9]{0,8}(,[^/,\s]+/[1-9][0-9]{0,8})*)$"
 
 
+def _spelt(store: Any) -> Any:
+    return os.fspath(store) if isinstance(store, Path) else store
+
+
 class Settings(BaseModel):
     """Everything that can be set, for the server and for the commands that work without one."""
 
@@ -26,17 +30,31 @@ class Settings(BaseModel):
 
     config: Path | None = None
     """File with settings, in TOML: lines such as port = 9000; flags and variables win over it."""
-    store: Path = Path("model_store")
-    """Folder of the model store."""
+    store: Annotated[str, BeforeValidator(_spelt), Field(min_length=1)] = "model_store"
+    """Model store: a folder, or a URL such as s3://bucket/prefix."""
+    cache: Path | None = None
+    """Folder for copies of a store at a URL; unless given, pushforward in the user's cache folder."""
+    cache_mb: Annotated[int, Field(ge=1)] = 10_000
+    """Megabytes of copies that are kept; beyond, those of the versions unused for longest go."""
 
     host: Annotated[str, Field(min_length=1)] = "127.0.0.1"
     """Address to listen on; 0.0.0.0 for every interface."""
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port to listen on; 0 takes a free one and the log says which."""
+    admin_port: Annotated[int, Field(ge=0, le=65535)] | None = None
+    """Port of its own for load, unload and /metrics; of a `pushforward worker`, for health and metrics."""
+    keys: Annotated[str, Field(min_length=1)] | None = None
+    """API keys that requests must have: a file, or a redis:// address that several servers share."""
+    insecure: bool = False
+    """Serve without keys beyond this machine: whoever reaches the address may do everything."""
 
     device: Annotated[str, Field(pattern=r"^(auto|(cpu|cuda:[0-9]+)(,(cpu|cuda:[0-9]+))*)$")] = "auto"
     """Where workers integrate: cpu, cuda:0, or several with commas between; auto: every GPU, else the CPU."""
-    workers: Annotated[int, Field(ge=1, le=1024)] | None = None
+    broker: str | None = None
+    """Redis or Valkey queue to serve from or work for: redis://host, rediss://, unix://, sentinel://a,b/name."""
+    lease_s: Annotated[float, Field(ge=0.5, le=3600)] = 5.0
+    """Seconds after which chunks of a `pushforward worker` that does not answer are given to another."""
+    workers: Annotated[int, Field(ge=0, le=1024)] | None = None
     """Worker processes, over the devices in turn; unless given, one for each GPU, or all cores but one."""
     stall_s: Annotated[float, Field(ge=0.2, le=3600)] = 10.0
     """Seconds without a step after which a worker that holds rows is taken for stuck, and replaced."""
@@ -62,6 +80,10 @@ class Settings(BaseModel):
 
     max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = 16 << 20
     """Largest request body, in bytes; other requests wait while one is read, some 5 ms per megabyte."""
+    max_connections: Annotated[int, Field(ge=1, le=1 << 20)] = 2048
+    """Most connections at once; beyond, they are answered 503 and closed."""
+    header_timeout_s: Annotated[float, Field(ge=0.5, le=3600)] = 10.0
+    """Seconds in which the head of a request must arrive; its body must then come at 4 KiB/s at least."""
     max_rows: Annotated[int, Field(ge=1)] = 100_000
     """Most rows that one request may make the engine integrate (rows, or rows × times of a path)."""
     max_samples: Annotated[int, Field(ge=1)] = 100_000
@@ -81,6 +103,8 @@ class Settings(BaseModel):
     """Least severe level that is logged; "info" has a line for every request."""
     log_format: Literal["text", "json"] = "text"
     """Log lines as key=value text or as JSON."""
+    tracing: bool = False
+    """Whether requests are traced, as the OTEL_… variables say; needs the extra "tracing"."""
 
 
 def load_settings(**flags: Any) -> Settings:

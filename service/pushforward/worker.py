@@ -48,7 +48,9 @@ from pushforward.messages import (
     decode_to_worker,
     frame,
 )
-from pushforward.store.catalog import Catalog
+from pushforward.spans import solve
+from pushforward.store.opening import catalog_of
+from pushforward.tracing import Tracing
 
 __all__ = ["Channel", "Worker", "main"]
 
@@ -137,7 +139,7 @@ class Worker:
     def __init__(self, channel: Channel, setup: Setup) -> None:
         self._channel = channel
         self._keeper = Keeper(
-            Catalog(Path(setup.store)),
+            catalog_of(setup.store, None if setup.cache is None else Path(setup.cache), setup.cache_mb),
             setup.versions,
             setup.load,
             setup.watch_s,
@@ -148,6 +150,8 @@ class Worker:
         self._parked: dict[tuple[str, int], list[Work]] = {}  # chunks whose version is being loaded
         self._fences: dict[str, int] = {}  # of the chunks in the engine
         self._proof: Proof | None = None  # being solved: then the engine has no other rows
+        self._tracing = Tracing() if setup.tracing else None
+        self._traced: dict[str, tuple[Work, int]] = {}  # chunks with a span, and when they came, Unix ns
         self._ready = False
         self._told = 0.0  # when the last beat was sent
         self._untold = False  # whether anything has happened since
@@ -158,8 +162,14 @@ class Worker:
         self._keeper.start()
         try:
             self._loop(time.monotonic())
+        except Exception as error:
+            for id in list(self._traced):
+                self._trace(id, error, time.time_ns())
+            raise
         finally:
             self._keeper.close()
+            if self._tracing is not None:
+                self._tracing.close()
 
     def _loop(self, started: float) -> None:
         look = 0.0
@@ -179,8 +189,8 @@ class Worker:
             if self._engine.busy:
                 answers = self._engine.step()
                 if self._proof is None:
-                    for answer in answers:
-                        self._channel.send(_result(answer, self._fences.pop(answer.id)))
+                    if answers:
+                        self._answer(answers)
                     self._untold = True
                 elif answers:
                     self._judge(self._proof, answers[0])
@@ -188,6 +198,14 @@ class Worker:
                     self._let_go()
             if now - self._told >= _BEAT_S and (self._untold or self._loading):
                 self._beat()
+
+    def _answer(self, answers: list[Answer]) -> None:
+        left = time.time_ns()
+        results = [_result(answer, self._fences.pop(answer.id)) for answer in answers]
+        for result in results:
+            self._channel.send(result)
+        for result in results:
+            self._trace(result.id, result, left)
 
     def _patience_s(self) -> float | None:
         """How long to wait for a message: not at all with rows in flight, for ever with nothing to tell."""
@@ -203,14 +221,18 @@ class Worker:
     def _take(self, message: ToWorker) -> None:
         match message:
             case Work():
+                if self._tracing is not None and message.trace:
+                    self._traced[message.id] = message, time.time_ns()
                 if self._keeper.get(message.model, message.version) is not None:
                     self._submit(message)
                 else:
                     self._parked.setdefault((message.model, message.version), []).append(message)
                     self._keeper.want(message.model, message.version)
             case Cancel():
-                self._engine.cancel(message.id)
-                self._fences.pop(message.id, None)
+                answer = self._engine.cancel(message.id)
+                fence = self._fences.pop(message.id, 0)
+                result = None if answer is None else _result(answer, fence)
+                self._trace(message.id, result, time.time_ns())
                 for version, works in list(self._parked.items()):
                     works[:] = [work for work in works if work.id != message.id]
                     if not works:
@@ -235,6 +257,12 @@ class Worker:
 
     def _fail(self, work: Work, error: PushforwardError) -> None:
         self._channel.send(Failed(work.id, error.code, error.message, error.detail, work.fence))
+        self._trace(work.id, error, time.time_ns())
+
+    def _trace(self, id: str, outcome: Result | Exception | None, over_ns: int) -> None:
+        """Make the span of a chunk, if it is to have one: nothing waits for that any more."""
+        if self._tracing is not None and id in self._traced:
+            solve(self._tracing, *self._traced.pop(id), outcome, over_ns)
 
     def _hear_of_models(self) -> None:
         """Pass on what has become of versions; begin or fail the chunks that waited for them."""

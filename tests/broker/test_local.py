@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import random
-import shutil
 import signal
 import time
 from collections.abc import Awaitable, Callable
@@ -21,11 +20,9 @@ from safetensors.numpy import load_file, save
 from tests.broker.conftest import setup_for
 from tests.poison import rot
 
-from pushforward.broker.base import ATTEMPTS
 from pushforward.broker.local import LocalBroker
 from pushforward.engine.request import Status
-from pushforward.errors import InvalidModel, NotFound, PushforwardError, Unavailable
-from pushforward.loading import default_chunk, load_model, run_chunk
+from pushforward.errors import Unavailable
 from pushforward.messages import Setup
 from pushforward.metrics import EngineCollector
 
@@ -64,45 +61,6 @@ async def ready(broker: LocalBroker, workers: int = 1) -> None:
 
 async def gone(broker: LocalBroker, pid: int) -> None:
     await until(lambda: pid not in broker.workers)
-
-
-def test_a_chunk_is_answered_as_the_engine_answers_it(setup: Setup, work: Any) -> None:
-    async def test(broker: LocalBroker) -> None:
-        result = await broker.submit(work("a", precision="float32"))
-        model = load_model(Path(setup.store) / "moons" / "1")
-        solver = model.manifest.solver.model_copy(update={"rtol": 1e-5, "atol": 1e-5, "logp_atol": 1e-5})
-        expected = run_chunk(model, default_chunk(solver, work("a").rows, None))
-        assert result.id == "a"
-        for name in ("value", "log_density", "error_estimate", "steps", "accepted", "nfe", "status", "t"):
-            np.testing.assert_array_equal(getattr(result, name), getattr(expected, name))
-        assert result.solve_s > 0
-
-    with_broker(setup, test)
-
-
-def test_what_cannot_be_begun_is_an_error_and_the_rest_goes_on(setup: Setup, work: Any) -> None:
-    async def test(broker: LocalBroker) -> None:
-        sound = asyncio.create_task(broker.submit(work("sound", 300)))
-        with pytest.raises(NotFound, match="'pear'"):
-            await broker.submit(work("unknown", model="pear"))
-        with pytest.raises(InvalidModel, match="float128"):
-            await broker.submit(work("odd", precision="float128"))
-        assert (await sound).status.tolist() == [Status.OK] * 300
-
-    with_broker(setup, test)
-
-
-def test_it_is_unavailable_until_the_models_are_loaded_and_when_it_drains(setup: Setup, work: Any) -> None:
-    async def test(broker: LocalBroker) -> None:
-        assert broker.unavailable() == "The workers are starting."
-        await broker.submit(work("a"))
-        assert broker.unavailable() is None
-        assert {key: news.state for key, news in broker.models().items()} == {("moons", 1): "ready"}
-        broker.drain()
-        assert broker.unavailable() == "The server is shutting down."
-        assert (await broker.submit(work("late"))).status.tolist() == [Status.OK] * 3
-
-    with_broker(setup, test)
 
 
 def test_workers_share_the_chunks(setup: Setup, work: Any) -> None:
@@ -259,25 +217,6 @@ def test_a_worker_that_is_busy_for_long_is_not_taken_for_stuck(setup: Setup, wor
     with_broker(setup, test, stall_s=1.0)
 
 
-def test_a_poisonous_chunk_convicts_itself_and_nothing_else(poisoned: Setup, work: Any) -> None:
-    async def test(broker: LocalBroker) -> None:
-        await ready(broker)
-        expected = await broker.submit(work("before", 20, precision="float32"))
-        poison = asyncio.create_task(broker.submit(work("poison", **FAR)))
-        others = [
-            asyncio.create_task(broker.submit(work(f"{n}", 20, precision="float32"))) for n in range(10)
-        ]
-        for result in await asyncio.gather(*others):
-            assert result.log_density.tobytes() == expected.log_density.tobytes()
-        with pytest.raises(PushforwardError, match=f"lost {ATTEMPTS} times.*with nothing else") as caught:
-            await poison
-        assert caught.value.detail["attempts"] == ATTEMPTS
-        assert caught.value.detail["rows"] == 2
-        assert (await broker.submit(work("after"))).status.tolist() == [Status.OK] * 3
-
-    with_broker(poisoned, test, stall_s=0.5)
-
-
 def test_a_worker_that_cannot_start_is_told_and_no_work_is_lost_on_it(setup: Setup) -> None:
     broken = msgspec.structs.replace(setup, log_level="no such level")
 
@@ -285,32 +224,6 @@ def test_a_worker_that_cannot_start_is_told_and_no_work_is_lost_on_it(setup: Set
         await until(lambda: broker.unavailable() == "The workers died and are being replaced.")
 
     with_broker(broken, test)
-
-
-def test_a_cancelled_call_frees_the_worker(setup: Setup, work: Any) -> None:
-    async def test(broker: LocalBroker) -> None:
-        await broker.submit(work("warm"))
-        task = asyncio.create_task(broker.submit(work("endless", **ENDLESS)))
-        await asyncio.sleep(0.2)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-        # Were its rows still there, this chunk would share the slots with them for minutes.
-        result = await broker.submit(work("next", 64))
-        assert result.status.tolist() == [Status.OK] * 64
-
-    with_broker(setup, test)
-
-
-def test_a_deadline_that_a_stuck_worker_ignores_is_kept_for_it(setup: Setup, work: Any) -> None:
-    async def test(broker: LocalBroker) -> None:
-        await ready(broker)
-        os.kill(broker.workers[0], signal.SIGSTOP)
-        with pytest.raises(TimeoutError):
-            await broker.submit(work("a", deadline=1.0))
-        os.kill(broker.workers[0], signal.SIGCONT)
-
-    with_broker(setup, test)
 
 
 def test_a_deadline_that_passes_in_the_queue_is_kept(setup: Setup, work: Any) -> None:
@@ -366,54 +279,6 @@ def test_a_storm_of_cancels_leaves_nothing_behind_though_workers_die_in_it(
 
     with_broker(setup, test, workers=2, stall_s=1.0, collector=told)
     assert told.restarts == {"died": 4}
-
-
-def test_versions_are_loaded_on_demand_and_by_order(setup: Setup, work: Any) -> None:
-    async def test(broker: LocalBroker) -> None:
-        def state(model: str) -> str | None:
-            news = broker.models().get((model, 1))
-            return None if news is None else news.state
-
-        await ready(broker)
-        wine = work("wine", model="wine", rows=np.zeros((2, 13)), precision="float32")
-        assert (await broker.submit(wine)).status.tolist() == [Status.OK] * 2
-        assert state("wine") == "ready"
-        broker.load("pinwheel", 1)
-        await until(lambda: state("pinwheel") == "ready")
-        broker.unload("pinwheel", 1)
-        await until(lambda: state("pinwheel") == "unloaded")
-
-        async def gone() -> None:
-            for number in range(1000):  # chunks that come while it is still there are solved
-                await broker.submit(work(f"pinwheel {number}", model="pinwheel"))
-
-        with pytest.raises(PushforwardError, match="unloaded"):
-            await gone()
-        os.kill(broker.workers[0], signal.SIGKILL)  # orders hold for those who come later
-        with pytest.raises(PushforwardError, match="unloaded"):
-            await broker.submit(work("again", model="pinwheel"))
-
-    with_broker(setup, test)
-
-
-def test_a_new_version_is_noticed_and_a_broken_one_is_told(setup: Setup, work: Any, own_store: Path) -> None:
-    async def test(broker: LocalBroker) -> None:
-        await ready(broker)
-        for version, sound in ((2, True), (3, False)):
-            folder = own_store / "moons" / ".new"
-            shutil.copytree(own_store / "moons" / "1", folder)
-            manifest = (folder / "manifest.json").read_text().replace('"version": 1', f'"version": {version}')
-            (folder / "manifest.json").write_text(manifest)
-            if not sound:
-                (folder / "golden.safetensors").write_bytes(b"")
-            folder.rename(own_store / "moons" / str(version))
-            await until(lambda version=version: ("moons", version) in broker.models())
-        await until(lambda: broker.models()["moons", 3].state == "failed")
-        assert "golden.safetensors" in broker.models()["moons", 3].reason
-        assert (await broker.submit(work("a", version=2))).status.tolist() == [Status.OK] * 3
-
-    changed = msgspec.structs.replace(setup, store=str(own_store), versions="all")
-    with_broker(changed, test)
 
 
 def test_closing_fails_what_is_in_flight_and_ends_the_workers(setup: Setup, work: Any) -> None:

@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
+from collections.abc import Iterator
 from types import FrameType
 
 import uvicorn
 
+from pushforward.api.protocol import Protocol
 from pushforward.broker.base import Broker
 
-__all__ = ["Server"]
+__all__ = ["HEADERS", "Probes", "Server"]
+
+HEADERS = [
+    ("cache-control", "no-store"),  # answers are about somebody's rows
+    ("referrer-policy", "no-referrer"),
+    ("x-content-type-options", "nosniff"),
+]
+"""Of every answer."""
 
 _LINGER_S = 0.5  # for what is on its way on open connections, and for those who ask whether we are ready
 
@@ -30,6 +40,15 @@ class Server(uvicorn.Server):
         super().__init__(config)
         self._broker = broker
 
+    async def on_tick(self, counter: int) -> bool:
+        """Look after slow connections, once a second."""
+        if counter % 10 == 0:
+            now = asyncio.get_running_loop().time()
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, Protocol):
+                    connection.look(now)
+        return await super().on_tick(counter)
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Take SIGTERM and SIGINT."""
         self.force_exit = self.should_exit
@@ -43,3 +62,12 @@ class Server(uvicorn.Server):
         if not self.force_exit:
             await asyncio.sleep(_LINGER_S)
         await super().shutdown(sockets)
+
+
+class Probes(uvicorn.Server):
+    """An HTTP server beside something else, which leaves the signals alone and ends when it is cancelled."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Capture none."""
+        yield

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from pushforward.broker.base import ATTEMPTS
+from pushforward.broker.base import ATTEMPTS, merge_models
 from pushforward.broker.leases import Holder, Lease, Leases
 from pushforward.broker.process import Process
 from pushforward.errors import PushforwardError, Unavailable, from_code
@@ -39,6 +39,7 @@ from pushforward.messages import (
     Work,
 )
 from pushforward.metrics import EngineCollector
+from pushforward.tracing import trace_field
 
 __all__ = ["LocalBroker"]
 
@@ -108,6 +109,11 @@ class LocalBroker:
         return [worker.process.pid for worker in self._workers if worker.process is not None]
 
     @property
+    def size(self) -> int:
+        """How many workers there are to be."""
+        return len(self._workers)
+
+    @property
     def in_flight(self) -> int:
         """Chunks that have not been answered."""
         return len(self._leases)
@@ -121,6 +127,9 @@ class LocalBroker:
         """Connect to the workers, starting those that ``spawn`` has not, and watch them from now on."""
         self._tasks = [asyncio.create_task(self._keep(worker)) for worker in self._workers]
         self._tasks += [asyncio.create_task(self._keep_deadlines()), asyncio.create_task(self._keep_watch())]
+
+    async def admit(self, rows: int, nbytes: int) -> None:
+        """See ``Broker.admit``: no other process holds anything."""
 
     async def submit(self, work: Work) -> Result:
         """Have a chunk solved; see ``Broker.submit``."""
@@ -284,7 +293,9 @@ class LocalBroker:
                 worker.heard = time.monotonic()  # it owes progress from now on
             if lease.attempts == ATTEMPTS:
                 self._collector.quarantined += 1
-                log.warning("chunk in quarantine", extra=fields(chunk=lease.work.id))
+                log.warning(
+                    "chunk in quarantine", extra=fields(chunk=lease.work.id, **trace_field(lease.work.trace))
+                )
             lease.handed_out = time.monotonic()
             self._send(worker, msgspec.structs.replace(lease.work, fence=lease.attempts))
 
@@ -355,17 +366,8 @@ class LocalBroker:
         self._merge_models()
 
     def _merge_models(self) -> None:
-        """Ready if one worker has it, else what was said last; what lost workers said stands until then."""
-        merged = dict(self._models)
-        for worker in self._workers:
-            merged |= worker.models
-        for worker in self._workers:
-            merged |= {key: news for key, news in worker.models.items() if news.state == "ready"}
-        for key, order in self._orders.items():
-            if isinstance(order, Unload):  # no new requests from now on, while workers finish what they have
-                reason = f"{key[0]}/{key[1]} was unloaded: load it to have it served again."
-                merged[key] = ModelState(*key, "unloaded", reason)
-        self._models = merged
+        said = [worker.models for worker in self._workers]
+        self._models = merge_models(self._models, said, self._orders.values())
 
 
 def _convicted(lease: Lease[_Worker], code: int | None) -> PushforwardError:

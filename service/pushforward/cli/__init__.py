@@ -1,4 +1,4 @@
-"""The command line: ``pushforward serve``, ``train``, ``models``, ``score``, ``sample``."""
+"""The commands: ``pushforward serve``, ``worker``, ``train``, ``models``, ``keys``, ``score``, ``sample``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from pushforward import __version__
-from pushforward.cli import models, work
+from pushforward.cli import keys, models, work
 from pushforward.cli.common import plain, say, show
 from pushforward.errors import PushforwardError, UsageError
 
@@ -24,9 +24,10 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",  # paragraphs are filled to the width of the terminal
 )
-for command in (work.serve, work.train, work.score, work.sample):
+for command in (work.serve, work.worker, work.train, work.score, work.sample):
     app.command()(command)
 app.add_typer(models.app, name="models")
+app.add_typer(keys.app, name="keys")
 
 
 @app.callback()

@@ -12,7 +12,8 @@ from pushforward.settings import PREFIX
 __all__ = ["Config", "Store", "Version", "plain", "say", "show"]
 
 Store = Annotated[
-    Path | None, typer.Option(help=f"Folder of the model store ({PREFIX}STORE).", show_default="model_store")
+    str | None,
+    typer.Option(help=f"Folder or URL of the model store ({PREFIX}STORE).", show_default="model_store"),
 ]
 Config = Annotated[Path | None, typer.Option(help=f"File with settings, in TOML ({PREFIX}CONFIG).")]
 Version = Annotated[

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import sys
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pushforward.cli.common import Config, Store, Version, plain, show
 from pushforward.errors import InvalidModel, UsageError
 from pushforward.settings import load_settings
+
+if TYPE_CHECKING:
+    from pushforward.store.catalog import Catalog
 
 __all__ = ["app"]
 
@@ -33,9 +37,7 @@ def list_models(store: Store = None, config: Config = None) -> None:
     """List the models, with their versions and labels."""
     from rich.table import Table
 
-    from pushforward.store.catalog import Catalog
-
-    catalog = Catalog(load_settings(store=store, config=config).store)
+    catalog = _catalog(store, config)
     table = Table("model", "versions", "labels", "features", "context", "description", box=None)
     for name in catalog.models():
         versions = ", ".join(map(str, catalog.versions(name)))
@@ -64,9 +66,7 @@ def show_version(
     config: Config = None,
 ) -> None:
     """Print the manifest of a version, as JSON."""
-    from pushforward.store.catalog import Catalog
-
-    found = Catalog(load_settings(store=store, config=config).store).resolve(model, version)
+    found = _catalog(store, config).resolve(model, version)
     sys.stdout.write(found.manifest.to_bytes().decode())
 
 
@@ -78,14 +78,15 @@ def verify(
 ) -> None:
     """Check every version: hashes of all files, and the reference answers on this machine."""
     from pushforward.loading import load_model
-    from pushforward.store.catalog import Catalog
 
-    catalog = Catalog(load_settings(store=store, config=config).store)
+    catalog = _catalog(store, config)
     faults = 0
     for name in [model] if model is not None else catalog.models():
         for version in catalog.versions(name):
             try:
-                load_model(catalog.root / name / str(version))
+                found = catalog.resolve(name, version)
+                catalog.fetch(found)
+                load_model(found.folder)
             except InvalidModel as error:
                 faults += 1
                 show(f"{name} {version}: [bold red]{plain(error.message)}[/]")
@@ -105,12 +106,17 @@ def label(
     config: Config = None,
 ) -> None:
     """Point a label at a version, or remove it."""
-    from pushforward.store.catalog import Catalog
-
-    catalog = Catalog(load_settings(store=store, config=config).store)
     if remove == (version is not None):
         raise UsageError("Give the version that the label is to point at, or --remove.")
+    catalog = _catalog(store, config)
     if version is None:
         catalog.remove_label(model, label)
     else:
         catalog.set_label(model, label, version)
+
+
+def _catalog(store: str | None, config: Path | None) -> Catalog:
+    from pushforward.store.opening import opened
+
+    settings = load_settings(store=store, config=config)
+    return opened(settings.store, settings.cache, settings.cache_mb)

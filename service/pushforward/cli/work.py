@@ -1,4 +1,4 @@
-"""The commands that do the work: serve, train, score, sample."""
+"""The commands that do the work: serve, worker, train, score, sample."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pushforward.cli.common import Config, Store, Version, say
 from pushforward.errors import UsageError
 from pushforward.settings import Settings, load_settings
 
-__all__ = ["sample", "score", "serve", "train"]
+__all__ = ["sample", "score", "serve", "train", "worker"]
 
 Name = Annotated[str, typer.Option("--model", "-m", help="Name of the model.")]
 Output = Annotated[
@@ -65,6 +65,18 @@ def serve(**flags: Any) -> None:
     from pushforward import bootstrap
 
     bootstrap.serve(load_settings(**flags))
+
+
+@_with_settings
+def worker(**flags: Any) -> None:
+    """Solve for servers that share a queue: `pushforward serve --broker redis://…`, on any machine.
+
+    Takes the same options as serve, of which those about HTTP do not apply. SIGTERM or Ctrl-C lets it finish
+    what it has taken, or hand it back, then exit.
+    """
+    from pushforward import bootstrap
+
+    bootstrap.work(load_settings(**flags))
 
 
 def score(
@@ -242,6 +254,7 @@ def train(
         file,
         name,
         settings.store,
+        cache=settings.cache,
         label=label,
         context=_names(context) or (),
         columns=_names(columns),

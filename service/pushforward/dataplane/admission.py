@@ -14,7 +14,8 @@ from collections import Counter
 from collections.abc import Callable
 from types import TracebackType
 
-from pushforward.errors import DeadlineExceeded, LimitExceeded, PushforwardError, Unavailable
+from pushforward.broker.base import full
+from pushforward.errors import DeadlineExceeded, LimitExceeded, PushforwardError, QuotaExceeded, Unavailable
 from pushforward.metrics import Tally
 
 __all__ = ["Admission", "HungUp", "Place"]
@@ -88,13 +89,12 @@ class Admission:
         self.tally.enter(rows)
         self.tally.leave("refused", count=rows)
         self.refused[reason] += 1
-        seconds = max(1, math.ceil(round(self._drains[reason].seconds(held + asked - limit), 3)))
-        return Unavailable(
-            f"The queue is full: it holds {held} of {limit} {reason}, and this request needs {asked} more. "
-            f"Try again in {seconds} s.",
-            retry_after=seconds,
-            detail={"reason": reason, "asked": asked, "depth": held, "limit": limit},
-        )
+        rate = self._drains[reason].rate
+        return full(reason, asked, held, limit, (held + asked - limit) / rate if rate else 0.0)
+
+    def rates(self) -> tuple[float, float]:
+        """Rows and bytes that leave in a second while there are any; 0 when nothing is known."""
+        return self._drains["rows"].rate, self._drains["bytes"].rate
 
     def _change(self, rows: int, nbytes: int) -> None:
         if rows:
@@ -138,6 +138,10 @@ class Place:
                 outcome = "cancelled"
             elif isinstance(error, DeadlineExceeded):
                 outcome = "expired"
+            elif isinstance(error, Unavailable | QuotaExceeded):
+                outcome = "refused"
+                if isinstance(error, Unavailable) and "reason" in error.detail:
+                    self._admission.refused[error.detail["reason"]] += 1
             self.leave(outcome, self.rows)
         self.shrink(0)
 
@@ -163,6 +167,7 @@ class _Drain:
         if change < 0:
             self._gone -= change
 
-    def seconds(self, count: int) -> float:
-        """In how many seconds so many will have left; 0 when nothing is known."""
-        return count * self._elapsed / self._gone if self._gone else 0.0
+    @property
+    def rate(self) -> float:
+        """How many leave in a second; 0 when nothing is known."""
+        return self._gone / self._elapsed if self._elapsed else 0.0

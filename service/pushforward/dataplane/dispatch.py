@@ -7,9 +7,10 @@ import itertools
 import secrets
 import time
 from collections import Counter
-from collections.abc import Coroutine, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from pushforward.dataplane.request import Limits, Options, Ticket
 from pushforward.engine.request import Kind, Status
 from pushforward.errors import DeadlineExceeded, InvalidInput
 from pushforward.messages import Result, Work
+from pushforward.spans import traced
 from pushforward.store.manifest import Manifest
 
 __all__ = ["Dispatcher", "first_rows"]
@@ -28,6 +30,7 @@ __all__ = ["Dispatcher", "first_rows"]
 Floats = npt.NDArray[np.float64]
 
 _ROWS_OUT = 1024  # rows of a request that are with the workers at once: some batches full
+_UNCOUNTED_S = 3600.0  # how long rows without a deadline count as asked for, if nobody says they are done
 _OUTCOMES = {Status.OUTSIDE_SUPPORT: "answered", Status.CANCELLED: "cancelled", Status.DEADLINE: "expired"}
 
 
@@ -57,8 +60,8 @@ class Dispatcher:
         self._admission = admission
         self._requests = (f"{secrets.token_hex(4)}-{number}" for number in itertools.count())
 
-    @contextmanager
-    def admit(
+    @asynccontextmanager
+    async def admit(
         self,
         manifest: Manifest,
         rows: int,
@@ -67,7 +70,7 @@ class Dispatcher:
         *,
         times: int = 1,
         what: str = "",
-    ) -> Iterator[Admitted]:
+    ) -> AsyncIterator[Admitted]:
         """Take a request in, before its rows are made, for as long as the block runs.
 
         Args:
@@ -82,6 +85,7 @@ class Dispatcher:
             InvalidInput: when there are no rows.
             LimitExceeded: when there are more than one request may have.
             Unavailable: when there is no room for them now.
+            QuotaExceeded: when their owner may not ask for so many now.
             DeadlineExceeded: when it is too late already.
         """
         if rows < 1:
@@ -96,8 +100,15 @@ class Dispatcher:
             raise _too_late(timeout_s, rows, [], [])
         nbytes = 8 * rows * (manifest.dim + manifest.context_dim)
         with self._admission.admit(rows, nbytes, ticket.body) as place:
-            ticket.rows, ticket.admitted_s = rows, elapsed_s
-            yield Admitted(manifest, options, ticket, place, timeout_s)
+            await self._broker.admit(rows, nbytes)
+            ticket.rows, ticket.admitted_s = rows, time.time() - ticket.arrived
+            admitted = Admitted(manifest, options, ticket, place, timeout_s)
+            if ticket.quota is None:
+                yield admitted
+            else:
+                left_s = _UNCOUNTED_S if timeout_s is None else timeout_s - elapsed_s
+                async with ticket.quota(rows, left_s):
+                    yield admitted
 
     async def solve(
         self,
@@ -144,6 +155,9 @@ class Dispatcher:
                 request=request,
             )
 
+        submit = self._broker.submit
+        if ticket.span is not None and ticket.span.sampled:
+            submit = partial(traced, ticket.span, submit)
         places = list(itertools.product(times, range(0, count, size)))
         results: dict[int, Result] = {}
         late: list[Floats] = []
@@ -153,7 +167,7 @@ class Dispatcher:
             for number, place in waiting:
                 if late:  # the chunks that are out are told the same, and how far they came
                     return
-                result = results[number] = await self._broker.submit(work(number, *place))
+                result = results[number] = await submit(work(number, *place))
                 ticket.results.append(result)
                 _leave(admitted.place, result)
                 if Status.DEADLINE in result.status.tobytes():

@@ -58,6 +58,7 @@ class Dataplane:
     - ``InvalidInput`` when there are no rows, or the context does not fit;
     - ``LimitExceeded`` when there are too many rows, or the deadline is too far away;
     - ``Unavailable`` when there is no room for the rows now;
+    - ``QuotaExceeded`` when the ticket's owner may not ask for so many now;
     - ``DeadlineExceeded`` when the deadline passed first: no part of the answer is given;
     - ``InvalidModel`` when the version cannot be loaded.
 
@@ -132,10 +133,10 @@ class Dataplane:
             fdr: flag by Benjamini–Hochberg over these rows instead, at this false discovery rate.
             explain: whether to attribute the scores to features, for which D·q more rows are solved for each.
         """
-        calibration = model.calibration
+        calibration = await model.calibration()
         count, choices = len(x), explain * calibration.quantiles.size
         what = "itself, and every feature at every quantile to explain it"
-        with self._dispatcher.admit(
+        async with self._dispatcher.admit(
             model.manifest, count, options, ticket, times=1 + choices, what=what
         ) as admitted:
             rows = np.concatenate([x, replacements(x, calibration.quantiles)]) if explain else x
@@ -191,7 +192,7 @@ class Dataplane:
                 where="n",
             )
         dim = model.manifest.dim
-        with self._dispatcher.admit(model.manifest, count, options, ticket) as admitted:
+        async with self._dispatcher.admit(model.manifest, count, options, ticket) as admitted:
             if count * dim <= _SMALL_NOISE:
                 noise = standard_normal(seed, first, count, dim)
             else:
@@ -213,7 +214,7 @@ class Dataplane:
         density: bool = False,
     ) -> Result:
         """Carry rows across: x to z (``Kind.ENCODE``) or z to x (``Kind.DECODE``), as ``value`` [n, D]."""
-        with self._dispatcher.admit(model.manifest, len(start), options, ticket) as admitted:
+        async with self._dispatcher.admit(model.manifest, len(start), options, ticket) as admitted:
             (result,) = await self._dispatcher.solve(admitted, kind, start, context, density=density)
         return result
 
@@ -239,7 +240,7 @@ class Dataplane:
                     f"times[{number}] is {t}; the model's times go from {earliest} to {latest}.",
                     where=f"times[{number}]",
                 )
-        with self._dispatcher.admit(
+        async with self._dispatcher.admit(
             model.manifest, len(start), options, ticket, times=len(times), what="one for each time"
         ) as admitted:
             return await self._dispatcher.solve(admitted, kind, start, context, density=False, times=times)
