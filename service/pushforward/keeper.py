@@ -11,7 +11,8 @@ itself only ever meets versions that are verified, proven and warm.  A turn of t
 So a version's life is *loading → ready → draining → unloaded*: a draining one takes no new chunks, keeps its
 rows until they are finished, and is revived when it is asked for again.  A version is given back when those
 wanted of its model are all ready and two looks in a row found it wanted no more (the server has led its
-requests over by then; one that chunks have asked for stays until none has for a minute), when the memory bound needs its room, or when it is unloaded by hand.
+requests over by then; one that chunks have asked for stays until none has for a minute), when the memory
+bound needs its room, or when it is unloaded by hand.
 
 The bound is never exceeded: what is to be loaded waits until enough of the others, those unused for longest
 first, have drained.  What had to give way is loaded again when it is asked for, in turn.
