@@ -89,7 +89,7 @@ Start = Callable[..., Server]
 
 
 @contextmanager
-def servers(store: Callable[[], Path]) -> Iterator[Start]:
+def servers(store: Callable[[], Path | str]) -> Iterator[Start]:
     """What starts servers, of ``store()`` unless told otherwise; none is left over afterwards."""
     started: list[Server] = []
     readers: list[threading.Thread] = []

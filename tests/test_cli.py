@@ -258,6 +258,20 @@ def test_keys_are_made_listed_and_revoked(tmp_path: Path) -> None:
     assert all(f"key={number}" in line and f"uid={os.getuid()}" in line for line in audits)
 
 
+def test_commands_read_the_file_of_settings(store: Path, tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text(f'store = "{store}"\n')
+    listed = run("models", "--store", store).stdout
+    assert run("models", "--config", file).stdout == listed
+    assert run("models", "--config", file, "list").stdout == listed
+    assert run("models", "list", PUSHFORWARD_CONFIG=str(file)).stdout == listed
+    drawn = run("sample", "-m", "pair", "--seed", 1, "--config", file).stdout
+    assert drawn == run("sample", "-m", "pair", "--seed", 1, "--store", store).stdout
+    file.write_text("slosts = 3\n")
+    done = run("serve", "--config", file, status=2)
+    assert f"{file}: slosts is not a setting: did you mean slots?" in done.stderr.replace("\n", "")
+
+
 def test_help_names_every_command_and_every_setting() -> None:
     commands = run("--help").stdout
     for command in ("serve", "train", "models", "score", "sample", "keys"):

@@ -471,6 +471,22 @@ def test_what_was_unused_for_longest_gives_way(root: Path, keep: Callable[..., K
     assert [(e.model, e.state, e.reason) for e in events if e.model == "wine"] == [("wine", "unloaded", "")]
 
 
+def test_versions_prove_themselves_in_turn_and_that_is_no_use_of_them(
+    root: Path, keep: Callable[..., Keeper]
+) -> None:
+    keeper = keep()
+    started(keeper)
+    before = dict(keeper._used)
+    proofs = [keeper.proof() for _ in range(4)]
+    assert {(proof.chunk.model, proof.chunk.version) for proof in proofs[:2]} == {MOONS, WINE}
+    assert proofs[2:] == proofs[:2]
+    assert keeper._used == before
+    for proof in proofs[:2]:
+        model = keeper.held(proof.chunk.model, proof.chunk.version)
+        assert proof.holds(run_chunk(model, proof.chunk, slots=5))
+        assert not proof.holds(run_chunk(model, replace(proof.chunk, rows=proof.chunk.rows + 1e-6)))
+
+
 def test_a_version_larger_than_the_bound_is_refused_with_the_reason(
     root: Path, keep: Callable[..., Keeper]
 ) -> None:

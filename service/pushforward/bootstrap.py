@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import gc
 import ipaddress
@@ -17,18 +18,23 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
+from prometheus_client.registry import CollectorRegistry
+
 from pushforward import logs
+from pushforward.broker.base import Broker
 from pushforward.broker.local import LocalBroker
 from pushforward.dataplane import Admission, Dataplane, Limits
 from pushforward.errors import UsageError
 from pushforward.keys import Keyring, check_keys, open_keys
 from pushforward.messages import Setup
-from pushforward.metrics import Metrics
+from pushforward.metrics import EngineCollector, Metrics, Readiness
 from pushforward.programs.devices import check_devices, gpus
 from pushforward.settings import Settings
 from pushforward.store.catalog import Catalog
+from pushforward.store.opening import opened
+from pushforward.tracing import Tracing
 
-__all__ = ["offline", "serve"]
+__all__ = ["offline", "serve", "work"]
 
 log = logging.getLogger(__name__)
 
@@ -42,23 +48,24 @@ def serve(settings: Settings) -> None:
     """Serve the models of the store over HTTP until told to stop.
 
     Raises:
-        UsageError: when the address cannot be listened on.
+        UsageError: when the address cannot be listened on, the store cannot be opened, or traces cannot be
+            made.
         NotFound: when there is no model store.
+        Unavailable: when the store cannot be reached, and nothing of it is in the cache.
     """
     logs.configure(settings.log_level, settings.log_format)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)
-    catalog = Catalog(settings.store)
-    catalog.models()  # no store is an error now, not a server without models
+    # no store is an error now, not a server without models
+    catalog = opened(settings.store, settings.cache, settings.cache_mb)
     admission = Admission(settings.max_queue_rows, settings.max_queue_bytes)
     metrics = Metrics(admission)
-    broker = LocalBroker(_setups(settings), settings.stall_s, metrics.engine)
-    metrics.engine.models = broker.models
+    tracing = Tracing() if settings.tracing else None
     listeners = _listening(settings)
     if settings.keys is not None:
         check_keys(settings.keys)
     _make_room(settings.max_connections)
-    broker.spawn()  # it loads its models while this process imports what only serving needs
+    broker = _broker(settings, admission, metrics)
 
     from pushforward.api.app import build
     from pushforward.api.protocol import Guard, Protocol
@@ -75,7 +82,7 @@ def serve(settings: Settings) -> None:
     plane = Dataplane(catalog, broker, limits, admission, settings.canary_share)
     admin_port = None if settings.admin_port is None else listeners[1].getsockname()[1]
     keyring = None if settings.keys is None else Keyring(open_keys(settings.keys))
-    app = build(plane, metrics, settings.max_body_bytes, keyring, admin_port)
+    app = build(plane, metrics, settings.max_body_bytes, keyring, admin_port, tracing)
     guard = Guard(settings.max_connections, settings.header_timeout_s, admin_port)
     config = _uvicorn(
         app,
@@ -87,7 +94,97 @@ def serve(settings: Settings) -> None:
     told = {"url": url, "docs": f"{url}/docs", "admin": admin_url[0] if admin_url else None}
     log.info("listening", extra=logs.fields(**told, keys=keyring is not None))
     gc.freeze()  # what is there now stays: collections need not look at it again and again
-    Server(config, broker).run(sockets=listeners)
+    with catalog.followed(settings.watch_s):
+        Server(config, broker).run(sockets=listeners)
+
+
+def work(settings: Settings) -> None:
+    """Solve chunks of a queue that API processes share, until told to stop.
+
+    Raises:
+        UsageError: when there is no queue to work for, or a setting does not fit.
+        NotFound: when there is no model store.
+        Unavailable: when the store cannot be reached, and nothing of it is in the cache.
+    """
+    logs.configure(settings.log_level, settings.log_format)
+    if settings.broker is None:
+        raise UsageError("A worker needs a queue to work for: give --broker, such as redis://localhost:6379.")
+    if settings.workers == 0:
+        raise UsageError("--workers is 0: a worker needs at least one process; leave it out.")
+    # no store is an error now, not a worker without models
+    catalog = opened(settings.store, settings.cache, settings.cache_mb)
+    listener = None
+    if settings.admin_port is not None:  # which tells how it is, and does nothing for anybody
+        listener = _listener(settings.host, "--admin-port", settings.admin_port, loopback_only=False)
+    setups = _setups(settings)
+    if settings.tracing:  # what is missing is told now, not by every process in turn
+        Tracing().close()
+    collector = EngineCollector()
+    local = LocalBroker(setups, settings.stall_s, collector)
+    collector.models = local.models
+    local.spawn()
+
+    import uvloop
+
+    with catalog.followed(settings.watch_s):
+        uvloop.run(_work(settings, local, collector, listener))
+
+
+async def _work(
+    settings: Settings, local: LocalBroker, collector: EngineCollector, listener: socket.socket | None
+) -> None:
+    from pushforward.api.probes import build_probes
+    from pushforward.api.server import Probes
+    from pushforward.broker.redis.back import Puller
+
+    assert settings.broker is not None
+    told = asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def leave() -> None:
+        if told.is_set():  # for the second time
+            os._exit(1)
+        told.set()
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, leave)
+    await local.start()
+    rows = 2 * settings.slots * local.size
+    puller = Puller(settings.broker, local, rows, settings.lease_s, collector)
+    registry = CollectorRegistry(auto_describe=True)
+    registry.register(collector)
+    registry.register(Readiness(puller.unavailable))
+    await puller.start()
+    probes = None
+    if listener is not None:
+        app = build_probes(puller.unavailable, registry)
+        probes = asyncio.create_task(Probes(_uvicorn(app, lifespan="off")).serve(sockets=[listener]))
+        log.info("listening", extra=logs.fields(url=_url(listener)))
+    await told.wait()
+    log.info("leaving", extra=logs.fields(chunks=puller.holds))
+    await puller.drain(settings.drain_s)
+    await local.close()
+    if probes is not None:
+        probes.cancel()
+        await asyncio.wait([probes])
+
+
+def _broker(settings: Settings, admission: Admission, metrics: Metrics) -> Broker:
+    """The way to the workers: processes of this machine, started now, or a queue with others behind it."""
+    if settings.broker is not None:
+        if settings.workers:
+            raise UsageError(
+                f"--broker leaves the solving to `pushforward worker`, and --workers is {settings.workers}: "
+                "leave it out, or give 0."
+            )
+        from pushforward.broker.redis.front import RedisBroker
+
+        return RedisBroker(settings.broker, admission)
+    if settings.workers == 0:
+        raise UsageError("--workers is 0, which needs a --broker whose workers are elsewhere.")
+    broker = LocalBroker(_setups(settings), settings.stall_s, metrics.engine)
+    broker.spawn()  # it loads its models while this process imports what only serving needs
+    return broker
 
 
 @asynccontextmanager
@@ -98,7 +195,7 @@ async def offline(settings: Settings, catalog: Catalog) -> AsyncIterator[Datapla
         settings: of which the limits and deadlines, which protect a server, do not apply.
         catalog: where the models are.
     """
-    quiet = {"load": "first-use", "log_level": "warning", "workers": settings.workers or 1}
+    quiet = {"load": "first-use", "log_level": "warning", "workers": settings.workers or 1, "tracing": False}
     broker = LocalBroker(_setups(settings.model_copy(update=quiet)), settings.stall_s)
     limits = Limits(
         rows=_UNLIMITED,
@@ -123,7 +220,7 @@ def _setups(settings: Settings) -> list[Setup]:
     workers = settings.workers or (spare_cores if devices == ["cpu"] else len(devices))
     return [
         Setup(
-            store=str(settings.store),
+            store=settings.store,
             versions=settings.versions,
             load=settings.load,
             watch_s=settings.watch_s,
@@ -133,6 +230,9 @@ def _setups(settings: Settings) -> list[Setup]:
             step_budget_ms=settings.step_budget_ms,
             log_level=settings.log_level,
             log_format=settings.log_format,
+            tracing=settings.tracing,
+            cache=None if settings.cache is None else str(settings.cache),
+            cache_mb=settings.cache_mb,
         )
         for device in itertools.islice(itertools.cycle(devices), workers)
     ]

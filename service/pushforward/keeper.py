@@ -28,8 +28,8 @@ import time
 from pathlib import Path
 
 from pushforward import logs
-from pushforward.errors import InvalidModel, NotFound, PushforwardError, brief
-from pushforward.loading import LoadedModel, load_model
+from pushforward.errors import InvalidModel, NotFound, PushforwardError, Unavailable, brief
+from pushforward.loading import LoadedModel, Proof, load_model
 from pushforward.messages import ModelState
 from pushforward.store.catalog import Catalog
 from pushforward.store.policy import Policy, Version
@@ -89,6 +89,7 @@ class Keeper:
         self._barred: set[Version] = set()  # by hand: not loaded
         self._evicted: set[Version] = set()  # for want of room: not loaded again unless asked for
         self._failed: dict[Version, tuple[Stamp, str, str]] = {}
+        self._logged: dict[Version, tuple[Stamp, str]] = {}
         self._news: list[ModelState] = []
         self._read, self._write = os.pipe()
         self._readable = False
@@ -139,6 +140,20 @@ class Keeper:
         if model is not None:
             self._used[name, version] = next(self._clock)
         return model
+
+    def held(self, name: str, version: int) -> LoadedModel:
+        """A version that ``get`` has found in this turn of the loop, which may be draining by now."""
+        with self._changed:
+            return self._loaded.get((name, version)) or self._draining[name, version]
+
+    def proof(self) -> Proof | None:
+        """That of the version asked for it least often; None when nothing is loaded. No use of a version."""
+        with self._changed:
+            model = min(self._loaded.values(), key=lambda model: model.proofs, default=None)
+        if model is None:
+            return None
+        model.proofs += 1
+        return model.proof
 
     def want(self, name: str, version: int) -> None:
         """Have a version loaded for a chunk, before all others; an event says ``ready`` or ``failed``."""
@@ -245,13 +260,14 @@ class Keeper:
         started = time.monotonic()
         stamp = _stamp(self._catalog.root / name / str(version))
         model, reason, code, again = None, "", InvalidModel.code, self._failed.get(key)
-        if again is not None and again[0] == stamp:
+        if again is not None and again[0] == stamp and again[2] != Unavailable.code:
             reason, code = again[1:]
         else:
             self._tell(key, "loading")
             try:
                 found = self._catalog.resolve(name, version)
                 if self._room(key, found.manifest.program_bytes):
+                    self._catalog.fetch(found)
                     model = load_model(found.folder, self._device)
             except PushforwardError as error:
                 reason, code = error.message, error.code
@@ -273,6 +289,7 @@ class Keeper:
                 self._tell(key, "unloaded")
             else:
                 self._failed.pop(key, None)
+                self._logged.pop(key, None)
                 self._evicted.discard(key)
                 self._demanded.pop(key, None)
                 self._loaded[key] = model
@@ -281,7 +298,11 @@ class Keeper:
         if model is not None:
             log.debug("model loaded", extra=logs.fields(model=name, version=version, load_s=seconds))
         elif reason and (again is None or again[0] != stamp):
-            log.error("model cannot be served", extra=logs.fields(model=name, version=version, reason=reason))
+            if self._logged.get(key) != (stamp, reason):
+                self._logged[key] = stamp, reason
+                log.error(
+                    "model cannot be served", extra=logs.fields(model=name, version=version, reason=reason)
+                )
             if self._policy is not None:
                 self._look_at(name)  # an older one may have to stand in
 
@@ -313,8 +334,9 @@ class Keeper:
 
     def _look(self) -> None:
         """Look into the store: what is new, what is wanted no more."""
-        for key, (stamp, *_) in list(self._failed.items()):
-            if _stamp(self._catalog.root / key[0] / str(key[1])) != stamp:
+        for key, (stamp, _, code) in list(self._failed.items()):
+            # a store that was away may be back, which changes no file
+            if code == Unavailable.code or _stamp(self._catalog.root / key[0] / str(key[1])) != stamp:
                 self._failed.pop(key, None)
         spare: set[Version] = set()
         for name in self._policy.models() if self._policy else ():

@@ -48,6 +48,9 @@ def soak(server: Server, bank: Bank, seconds: float, rate: float, every: float =
             time.sleep(every)
             samples.append((time.monotonic() - begun, usage(server)))
     print(traffic.report())
+    for seconds, at in samples[:: max(1, len(samples) // 10)]:
+        sizes = ", ".join(f"{name} {memory:.1f} MB, {files} files" for name, (memory, files) in at.items())
+        print(f"after {seconds:.0f} s: {sizes}")
     first, last = samples[0][1], samples[-1][1]
     for name, (memory, files) in slopes(samples).items():
         print(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import hashlib
 import re
@@ -36,7 +37,8 @@ from pushforward.api.wire import Door, Endpoint, request_id, sent_key
 from pushforward.dataplane import Dataplane
 from pushforward.errors import PushforwardError
 from pushforward.keys import Keyring
-from pushforward.metrics import Metrics
+from pushforward.metrics import Metrics, Readiness
+from pushforward.tracing import Tracing
 
 __all__ = ["build", "operations"]
 
@@ -103,6 +105,7 @@ def build(
     max_body_bytes: int,
     keyring: Keyring | None = None,
     admin_port: int | None = None,
+    tracing: Tracing | None = None,
 ) -> ASGIApp:
     """The application.
 
@@ -113,10 +116,12 @@ def build(
         keyring: who may ask, started and closed with the application; None when anyone may.
         admin_port: where requests that change the server, and /metrics, are answered, and no others; None for
             no port of their own.
+        tracing: makes a span for every request that solves; closed with the application.
     """
     metrics.engine.models = plane.broker.models
     routes = Routes(plane, keyring)
-    door = Door(plane.admission, plane.limits, metrics, max_body_bytes, keyring)
+    door = Door(plane.admission, plane.limits, metrics, max_body_bytes, keyring, tracing)
+    metrics.registry.register(Readiness(plane.broker.unavailable))
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -127,6 +132,8 @@ def build(
         await plane.broker.close()
         if keyring is not None:
             await keyring.close()
+        if tracing is not None:
+            await asyncio.to_thread(tracing.close)
 
     if admin_port is None:
         return _application(routes, door, "here", lifespan)
@@ -139,7 +146,11 @@ def _application(
 ) -> ASGIApp:
     table = operations(routes, admin)
     endpoints = [
-        Route(one.path, Endpoint(one.handler, door, one.request, one.status, one.scope), methods=[one.method])
+        Route(
+            one.path,
+            Endpoint(one.handler, door, one.request, one.status, one.scope, one.path),
+            methods=[one.method],
+        )
         for one in table
     ]
     page = Path(__file__).with_name("docs.html").read_bytes()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import socket
+from collections.abc import Iterator
 from types import FrameType
 
 import uvicorn
@@ -11,7 +13,7 @@ import uvicorn
 from pushforward.api.protocol import Protocol
 from pushforward.broker.base import Broker
 
-__all__ = ["HEADERS", "Server"]
+__all__ = ["HEADERS", "Probes", "Server"]
 
 HEADERS = [
     ("cache-control", "no-store"),  # answers are about somebody's rows
@@ -60,3 +62,12 @@ class Server(uvicorn.Server):
         if not self.force_exit:
             await asyncio.sleep(_LINGER_S)
         await super().shutdown(sockets)
+
+
+class Probes(uvicorn.Server):
+    """An HTTP server beside something else, which leaves the signals alone and ends when it is cancelled."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Capture none."""
+        yield

@@ -12,12 +12,14 @@ takes nothing else with it.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from typing import Protocol
 
-from pushforward.messages import ModelState, Result, Work
+from pushforward.errors import Unavailable
+from pushforward.messages import Load, ModelState, Result, Unload, Work
 
-__all__ = ["ATTEMPTS", "Broker"]
+__all__ = ["ATTEMPTS", "Broker", "full", "merge_models"]
 
 ATTEMPTS = 3
 """How often a chunk is handed out, the last time in quarantine."""
@@ -28,6 +30,14 @@ class Broker(Protocol):
 
     async def start(self) -> None:
         """Connect to the workers; called once, in the event loop that the broker will live in."""
+
+    async def admit(self, rows: int, nbytes: int) -> None:
+        """Have rows and bytes that this process has taken in counted with what all processes hold together.
+
+        Raises:
+            Unavailable: when that would be more than there may be, or the queue cannot be reached.
+        """
+        ...
 
     async def submit(self, work: Work) -> Result:
         """Have a chunk solved. Cancelling the call cancels its rows: they leave their slots.
@@ -67,3 +77,48 @@ class Broker(Protocol):
 
     async def close(self) -> None:
         """Let go of the workers; chunks still in flight fail with ``Unavailable``."""
+
+
+def full(reason: str, asked: int, held: int, limit: int, seconds: float) -> Unavailable:
+    """The refusal of a request for which there is no room.
+
+    Args:
+        reason: what is short: "rows" or "bytes".
+        asked: how much the request needs.
+        held: how much all requests hold.
+        limit: how much they may.
+        seconds: after which there will be room, as far as that is known; 0 when it is not.
+    """
+    wait_s = max(1, math.ceil(round(seconds, 3)))
+    return Unavailable(
+        f"The queue is full: it holds {held} of {limit} {reason}, and this request needs {asked} more. "
+        f"Try again in {wait_s} s.",
+        retry_after=wait_s,
+        detail={"reason": reason, "asked": asked, "depth": held, "limit": limit},
+    )
+
+
+def merge_models(
+    before: Mapping[tuple[str, int], ModelState],
+    said: Iterable[Mapping[tuple[str, int], ModelState]],
+    orders: Iterable[Load | Unload],
+) -> dict[tuple[str, int], ModelState]:
+    """Versions as those who ask see them: ready if one worker has it, else what was said last.
+
+    Args:
+        before: as they were; what lost workers said stands until another speaks.
+        said: by each worker.
+        orders: given by hand.
+    """
+    merged = dict(before)
+    workers = list(said)
+    for models in workers:
+        merged |= models
+    for models in workers:
+        merged |= {key: news for key, news in models.items() if news.state == "ready"}
+    for order in orders:
+        if isinstance(order, Unload):  # no new requests from now on, while workers finish what they have
+            key = order.model, order.version
+            reason = f"{key[0]}/{key[1]} was unloaded: load it to have it served again."
+            merged[key] = ModelState(*key, "unloaded", reason)
+    return merged

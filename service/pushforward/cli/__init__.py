@@ -1,4 +1,4 @@
-"""The command line: ``pushforward serve``, ``train``, ``models``, ``score``, ``sample``, ``keys``."""
+"""The commands: ``pushforward serve``, ``worker``, ``train``, ``models``, ``keys``, ``score``, ``sample``."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode="markdown",  # paragraphs are filled to the width of the terminal
 )
-for command in (work.serve, work.train, work.score, work.sample):
+for command in (work.serve, work.worker, work.train, work.score, work.sample):
     app.command()(command)
 app.add_typer(models.app, name="models")
 app.add_typer(keys.app, name="keys")

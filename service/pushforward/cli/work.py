@@ -1,4 +1,4 @@
-"""The commands that do the work: serve, train, score, sample."""
+"""The commands that do the work: serve, worker, train, score, sample."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from typing import Annotated, Any, Literal, get_origin
 
 import typer
 
-from pushforward.cli.common import Store, Version, say
+from pushforward.cli.common import Config, Store, Version, say
 from pushforward.errors import UsageError
 from pushforward.settings import Settings, load_settings
 
-__all__ = ["sample", "score", "serve", "train"]
+__all__ = ["sample", "score", "serve", "train", "worker"]
 
 Name = Annotated[str, typer.Option("--model", "-m", help="Name of the model.")]
 Output = Annotated[
@@ -58,13 +58,25 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
 def serve(**flags: Any) -> None:
     """Serve the models of a store over HTTP.
 
-    Every option can be set by an environment variable too: --max-rows by PUSHFORWARD_MAX_ROWS and so on;
-    the option wins. The API is described at /docs of the running server. SIGTERM or Ctrl-C lets it finish
-    what it has taken, then exit.
+    Every option can be set by an environment variable too, --max-rows by PUSHFORWARD_MAX_ROWS and so on, or
+    by a line max_rows = … in the file of --config; the option wins, then the variable. The API is described
+    at /docs of the running server. SIGTERM or Ctrl-C lets it finish what it has taken, then exit.
     """
     from pushforward import bootstrap
 
     bootstrap.serve(load_settings(**flags))
+
+
+@_with_settings
+def worker(**flags: Any) -> None:
+    """Solve for servers that share a queue: `pushforward serve --broker redis://…`, on any machine.
+
+    Takes the same options as serve, of which those about HTTP do not apply. SIGTERM or Ctrl-C lets it finish
+    what it has taken, or hand it back, then exit.
+    """
+    from pushforward import bootstrap
+
+    bootstrap.work(load_settings(**flags))
 
 
 def score(
@@ -72,6 +84,7 @@ def score(
     model: Name,
     version: Version = None,
     store: Store = None,
+    config: Config = None,
     output: Output = None,
     alpha: Annotated[
         float, typer.Option(help="Flag a row when its p-value is at most this.", min=0, max=1)
@@ -102,7 +115,7 @@ def score(
 
     asyncio.run(
         offline.score(
-            load_settings(store=store),
+            load_settings(store=store, config=config),
             file,
             model,
             version,
@@ -132,6 +145,7 @@ def sample(
     log_density: Annotated[bool, typer.Option("--log-density", help="Add a column with log p.")] = False,
     version: Version = None,
     store: Store = None,
+    config: Config = None,
     output: Output = None,
     rtol: Rtol = None,
     atol: Atol = None,
@@ -146,7 +160,7 @@ def sample(
         say(f"seed {seed}")
     asyncio.run(
         offline.sample(
-            load_settings(store=store),
+            load_settings(store=store, config=config),
             count,
             seed,
             model,
@@ -164,6 +178,7 @@ def train(
     file: Annotated[Path, typer.Argument(help="Table: .csv, .parquet, .npy, or .npz with X and perhaps y.")],
     name: Annotated[str, typer.Option(help="Name of the model; its next version is published.")],
     store: Store = None,
+    config: Config = None,
     label: Annotated[
         str | None,
         typer.Option(help="Column that is 1 for anomalies: left out of training, and used for the report."),
@@ -215,7 +230,7 @@ def train(
     Splits the rows, standardises, trains with a progress bar, calibrates on held-out rows, measures the error
     of the log-density, and publishes the next version of the model. Needs the extra "train" (torch).
     """
-    settings = load_settings(store=store)
+    settings = load_settings(store=store, config=config)
     try:
         from pushforward.training.recipe import Recipe
         from pushforward.training.train import Options, run
@@ -239,6 +254,7 @@ def train(
         file,
         name,
         settings.store,
+        cache=settings.cache,
         label=label,
         context=_names(context) or (),
         columns=_names(columns),

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable
 from types import TracebackType
 
+from pushforward.broker.base import full
 from pushforward.errors import DeadlineExceeded, LimitExceeded, PushforwardError, QuotaExceeded, Unavailable
 from pushforward.metrics import Tally
 
@@ -56,7 +57,8 @@ class Admission:
         """Take rows and bytes in, all or nothing, for as long as the block of the place runs.
 
         Args:
-            rows: how many; 0 when that is not known yet, for which there must be room for one.
+            rows: how many; 0 when that is not known yet. Such a request is let in even while there is no room
+                for rows: only its body says whether it could come back later, or never fits.
             nbytes: how many.
             beside: what the same request holds already.
 
@@ -64,7 +66,7 @@ class Admission:
             LimitExceeded: when there would be no room even if nobody else were here.
             Unavailable: when there is no room now; says when there will be.
         """
-        if self.rows + (rows or 1) > self.max_rows or self.nbytes + nbytes > self.max_bytes:
+        if self.rows + rows > self.max_rows or self.nbytes + nbytes > self.max_bytes:
             raise self._refusal(rows, nbytes, beside)
         self._change(rows, nbytes)
         self.tally.enter(rows)
@@ -73,7 +75,7 @@ class Admission:
     def _refusal(self, rows: int, nbytes: int, beside: Place | None) -> PushforwardError:
         own_rows, own_bytes = (0, 0) if beside is None else (beside.rows, beside.nbytes)
         asks = (
-            ("rows", rows or 1, own_rows, self.rows, self.max_rows),
+            ("rows", rows, own_rows, self.rows, self.max_rows),
             ("bytes", nbytes, own_bytes, self.nbytes, self.max_bytes),
         )
         for what, asked, own, _, limit in asks:
@@ -87,13 +89,12 @@ class Admission:
         self.tally.enter(rows)
         self.tally.leave("refused", count=rows)
         self.refused[reason] += 1
-        seconds = max(1, math.ceil(round(self._drains[reason].seconds(held + asked - limit), 3)))
-        return Unavailable(
-            f"The queue is full: it holds {held} of {limit} {reason}, and this request needs {asked} more. "
-            f"Try again in {seconds} s.",
-            retry_after=seconds,
-            detail={"reason": reason, "asked": asked, "depth": held, "limit": limit},
-        )
+        rate = self._drains[reason].rate
+        return full(reason, asked, held, limit, (held + asked - limit) / rate if rate else 0.0)
+
+    def rates(self) -> tuple[float, float]:
+        """Rows and bytes that leave in a second while there are any; 0 when nothing is known."""
+        return self._drains["rows"].rate, self._drains["bytes"].rate
 
     def _change(self, rows: int, nbytes: int) -> None:
         if rows:
@@ -137,8 +138,10 @@ class Place:
                 outcome = "cancelled"
             elif isinstance(error, DeadlineExceeded):
                 outcome = "expired"
-            elif isinstance(error, QuotaExceeded):
+            elif isinstance(error, Unavailable | QuotaExceeded):
                 outcome = "refused"
+                if isinstance(error, Unavailable) and "reason" in error.detail:
+                    self._admission.refused[error.detail["reason"]] += 1
             self.leave(outcome, self.rows)
         self.shrink(0)
 
@@ -164,6 +167,7 @@ class _Drain:
         if change < 0:
             self._gone -= change
 
-    def seconds(self, count: int) -> float:
-        """In how many seconds so many will have left; 0 when nothing is known."""
-        return count * self._elapsed / self._gone if self._gone else 0.0
+    @property
+    def rate(self) -> float:
+        """How many leave in a second; 0 when nothing is known."""
+        return self._gone / self._elapsed if self._elapsed else 0.0

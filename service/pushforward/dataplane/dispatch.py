@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from pushforward.dataplane.request import Limits, Options, Ticket
 from pushforward.engine.request import Kind, Status
 from pushforward.errors import DeadlineExceeded, InvalidInput
 from pushforward.messages import Result, Work
+from pushforward.spans import traced
 from pushforward.store.manifest import Manifest
 
 __all__ = ["Dispatcher", "first_rows"]
@@ -98,7 +100,8 @@ class Dispatcher:
             raise _too_late(timeout_s, rows, [], [])
         nbytes = 8 * rows * (manifest.dim + manifest.context_dim)
         with self._admission.admit(rows, nbytes, ticket.body) as place:
-            ticket.rows, ticket.admitted_s = rows, elapsed_s
+            await self._broker.admit(rows, nbytes)
+            ticket.rows, ticket.admitted_s = rows, time.time() - ticket.arrived
             admitted = Admitted(manifest, options, ticket, place, timeout_s)
             if ticket.quota is None:
                 yield admitted
@@ -152,6 +155,9 @@ class Dispatcher:
                 request=request,
             )
 
+        submit = self._broker.submit
+        if ticket.span is not None and ticket.span.sampled:
+            submit = partial(traced, ticket.span, submit)
         places = list(itertools.product(times, range(0, count, size)))
         results: dict[int, Result] = {}
         late: list[Floats] = []
@@ -161,7 +167,7 @@ class Dispatcher:
             for number, place in waiting:
                 if late:  # the chunks that are out are told the same, and how far they came
                     return
-                result = results[number] = await self._broker.submit(work(number, *place))
+                result = results[number] = await submit(work(number, *place))
                 ticket.results.append(result)
                 _leave(admitted.place, result)
                 if Status.DEADLINE in result.status.tobytes():

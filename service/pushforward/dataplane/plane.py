@@ -133,7 +133,7 @@ class Dataplane:
             fdr: flag by Benjamini–Hochberg over these rows instead, at this false discovery rate.
             explain: whether to attribute the scores to features, for which D·q more rows are solved for each.
         """
-        calibration = model.calibration
+        calibration = await model.calibration()
         count, choices = len(x), explain * calibration.quantiles.size
         what = "itself, and every feature at every quantile to explain it"
         async with self._dispatcher.admit(

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pushforward.dataplane.admission import Place
 from pushforward.errors import LimitExceeded
 from pushforward.messages import Result
+from pushforward.tracing import Span
 
 __all__ = ["Limits", "Options", "Ticket"]
 
@@ -103,9 +104,10 @@ class Ticket:
         rows: that are integrated for it.
         admitted_s: seconds from its arrival until they were admitted.
         results: answers of chunks so far.
+        span: that of the request, if it is traced.
     """
 
-    __slots__ = ("admitted_s", "arrived", "body", "quota", "results", "rows", "timeout_ms")
+    __slots__ = ("admitted_s", "arrived", "body", "quota", "results", "rows", "span", "timeout_ms")
 
     def __init__(self, timeout_ms: int | None = None, body: Place | None = None) -> None:
         self.arrived = time.time()
@@ -115,6 +117,7 @@ class Ticket:
         self.rows = 0
         self.admitted_s = 0.0
         self.results: list[Result] = []
+        self.span: Span | None = None
 
     @property
     def queue_s(self) -> float:

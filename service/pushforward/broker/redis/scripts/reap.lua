@@ -1,0 +1,48 @@
+#!lua flags=allow-oom
+-- Take chunks back whose worker has let its lease run out: they are queued again, the last time alone, or they are
+-- spent.  Forget workers that have gone and hold nothing.  One worker does it for all.
+-- reap(worker, lease in ms, attempts) → {queued again, quarantined, spent}
+local worker, lease, attempts = ARGV[1], ARGV[2], tonumber(ARGV[3])
+local again, alone, spent = 0, 0, 0
+if not redis.call('SET', p .. 'reaper', worker, 'NX', 'PX', 500) then return {0, 0, 0} end
+
+local streams = redis.call('SMEMBERS', p .. 'streams')
+for _, stream in ipairs(streams) do
+  local found = redis.pcall('XAUTOCLAIM', p .. stream, 'workers', worker, lease, '0', 'COUNT', 100)
+  for _, entry in ipairs(found[2] or {}) do
+    local id = entry[2][2]
+    local job = p .. 'job:' .. id
+    local known = redis.call('HMGET', job, 'attempts', 'api', 'entry')
+    remove(stream, entry[1])
+    if known[3] == entry[1] then
+      local tried = tonumber(known[1])
+      if tried >= attempts then
+        spent = spent + 1
+        bury(id, redis.call('HGET', job, 'owner'), tried, 'workers were lost with it')
+        forget(id)
+        reply(known[2], id, 'spent', tried)
+      elseif tried == attempts - 1 then
+        alone = alone + 1
+        enqueue(id, 'alone')
+      else
+        again = again + 1
+        enqueue(id, 'again')
+      end
+    end
+  end
+end
+for _, gone in ipairs(redis.call('SMEMBERS', p .. 'workers')) do
+  if redis.call('EXISTS', p .. 'worker:' .. gone) == 0 then
+    local holds = false
+    for _, stream in ipairs(streams) do
+      local pending = redis.pcall('XPENDING', p .. stream, 'workers', '-', '+', 1, gone)
+      if pending.err or #pending == 0 then
+        redis.pcall('XGROUP', 'DELCONSUMER', p .. stream, 'workers', gone)
+      else
+        holds = true
+      end
+    end
+    if not holds then redis.call('SREM', p .. 'workers', gone) end
+  end
+end
+return {again, alone, spent}
