@@ -59,6 +59,7 @@ class Protocol(HttpToolsProtocol):
         super().__init__(**arguments)
         self._guard = guard
         self._turned_away = False
+        self._deaf = False
         self._fault: HttpError | None = None
         self._kept = 0  # bytes that came since the parser last had nothing to keep
         self._body_bytes = 0
@@ -86,6 +87,8 @@ class Protocol(HttpToolsProtocol):
 
     def data_received(self, data: bytes) -> None:
         """Parse what came."""
+        if self._deaf:
+            return
         if self._turned_away:
             most = self._guard.max_connections
             self._refuse(
@@ -178,7 +181,7 @@ class Protocol(HttpToolsProtocol):
         busy = cycle is not None and not cycle.response_complete
         if busy and not cycle.more_body:  # a request before this one has been taken: its answer is the last
             cycle.keep_alive = False
-            self.flow.pause_reading()
+            self._deaf = True
             return
         if not busy or not cycle.response_started:
             status, headers, body = problem(fault, secrets.token_hex(8))
