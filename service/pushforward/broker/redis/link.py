@@ -101,8 +101,8 @@ class Link:
         return connect(
             self._url,
             protocol=2,
-            # A connection that was cut is made again at once.  Scripts may be sent twice: at worst, chunks that
-            # were taken wait until their lease has run out.
+            # A connection that was cut is made again at once.  Scripts may be sent twice: at worst, chunks
+            # that were taken wait until their lease has run out.
             retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
             socket_timeout=wait_s + _ANSWER_S,
             socket_connect_timeout=_ANSWER_S,

@@ -30,22 +30,27 @@ for _, stream in ipairs(redis.call('SMEMBERS', p .. 'streams')) do
     end
   end
 end
-for _, gone in ipairs(redis.call('SMEMBERS', p .. 'workers')) do
-  if redis.call('EXISTS', p .. 'worker:' .. gone) == 0 then redis.call('SREM', p .. 'workers', gone) end
+
+local read = {}
+for _, worker in ipairs(redis.call('SMEMBERS', p .. 'workers')) do
+  local said = redis.call('GET', p .. 'worker:' .. worker)
+  if said then
+    for _, version in ipairs(cmsgpack.unpack(said)[3]) do read[version] = true end  -- see words.py
+  else
+    redis.call('SREM', p .. 'workers', worker)
+  end
 end
--- One stream at a time: those who read it no more, and itself when nobody has done so for an hour.
+-- One stream at a time: workers that have gone are struck off, and it goes when it is empty and nobody reads it.
 local stream = redis.call('SRANDMEMBER', p .. 'streams')
 if stream then
-  local read = false
   for _, of in ipairs(redis.pcall('XINFO', 'CONSUMERS', p .. stream, 'workers')) do
-    local name, pending, idle = of[2], of[4], of[6]
-    if pending == 0 and (idle > 3600000 or redis.call('EXISTS', p .. 'worker:' .. name) == 0) then
+    local name, pending = of[2], of[4]
+    if pending == 0 and redis.call('EXISTS', p .. 'worker:' .. name) == 0 then
       redis.call('XGROUP', 'DELCONSUMER', p .. stream, 'workers', name)
-    else
-      read = true
     end
   end
-  if not read and redis.call('XLEN', p .. stream) == 0 then
+  local version = string.match(stream, '^%a+:(.+)$')
+  if version and version ~= 'any' and not read[version] and redis.call('XLEN', p .. stream) == 0 then
     redis.call('DEL', p .. stream)
     redis.call('SREM', p .. 'streams', stream)
   end
