@@ -231,7 +231,8 @@ class Puller:
             body = encode(msgspec.structs.replace(answer, fence=held.fence))
             while True:
                 try:
-                    await self._link.call("finish", self.id, id, held.fence, body, reason)
+                    if not await self._link.call("finish", self.id, id, held.fence, body, reason):
+                        log.info("answer discarded", extra=fields(chunk=id, fence=held.fence))
                     break
                 except Unavailable:
                     await asyncio.sleep(_RETRY_S)
