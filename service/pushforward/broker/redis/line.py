@@ -27,8 +27,8 @@ class Line:
 
     def __init__(self, client: redis.Redis, patience_s: float) -> None:
         self._pool = client.connection_pool
+        self._connection: AbstractConnection = self._pool.make_connection()  # type: ignore[no-untyped-call]
         self._patience_s = patience_s
-        self._connection: AbstractConnection | None = None
 
     async def send(self, commands: Sequence[tuple[Any, ...]], wait_s: float = 0.0) -> list[Any]:
         """Send commands; their answers, with what was refused as an error in its place.
@@ -41,30 +41,29 @@ class Line:
             TimeoutError, RedisError, OSError: when the server is lost; the next call seeks it again.
         """
         packed = [hiredis.pack_command(command) for command in commands]
-        connection = await self._connected()
-        async with asyncio.timeout(self._patience_s + wait_s):
-            await connection.send_packed_command(packed)
-            answers: list[Any] = []
-            for _ in commands:
-                try:
-                    answers.append(await connection.read_response())
-                except ResponseError as error:
-                    answers.append(error)
-            return answers
+        return await self._connection.retry.call_with_retry(
+            lambda: self._exchange(packed, self._patience_s + wait_s),
+            lambda error: self._connection.disconnect(),
+        )
 
     async def close(self) -> None:
         """End the connection."""
-        if self._connection is not None:
-            await self._connection.disconnect()
+        await self._connection.disconnect()
 
-    async def _connected(self) -> AbstractConnection:
-        if self._connection is None:
-            self._connection = self._pool.make_connection()  # type: ignore[no-untyped-call]
+    async def _exchange(self, packed: list[bytes], patience_s: float) -> list[Any]:
         connection = self._connection
         if connection.is_connected and await connection.can_read():
             await connection.disconnect()  # it has ended, or says what nobody asked
         if not connection.is_connected:
             connection.socket_timeout = self._patience_s
-            await connection.connect()
+            await connection.connect()  # type: ignore[no-untyped-call]
             connection.socket_timeout = None  # from now on, one timer for all that is sent together
-        return connection
+        async with asyncio.timeout(patience_s):
+            await connection.send_packed_command(packed)
+            answers: list[Any] = []
+            for _ in packed:
+                try:
+                    answers.append(await connection.read_response())
+                except ResponseError as error:
+                    answers.append(error)
+            return answers

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import logging
 from collections import deque
+from collections.abc import Awaitable, Callable
 from importlib.resources import files
 from typing import Any
 
@@ -26,7 +27,7 @@ from pushforward.connections import connect, shown
 from pushforward.errors import Unavailable
 from pushforward.logs import fields
 
-__all__ = ["PREFIX", "Link", "scripts"]
+__all__ = ["PREFIX", "Link", "endlessly", "scripts"]
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,16 @@ def scripts() -> dict[str, str]:
             first, _, rest = file.read_text().partition("\n")
             found[name] = f"{first}\n{common}\n{rest}"
     return found
+
+
+async def endlessly(work: Callable[[], Awaitable[None]]) -> None:
+    """Do work that ends only when it is meant to; what nobody thought of is logged, and it is begun again."""
+    while True:
+        try:
+            return await work()
+        except Exception:
+            log.exception("queue work failed")
+            await asyncio.sleep(_RETRY_S)
 
 
 class Link:
@@ -91,7 +102,9 @@ class Link:
         return connect(
             self._url,
             protocol=2,
-            retry=Retry(NoBackoff(), 0),  # what is lost is told at once
+            # A connection that was cut is made again at once.  Scripts may be sent twice: at worst, chunks
+            # that were taken wait until their lease has run out.
+            retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
             socket_timeout=wait_s + _ANSWER_S,
             socket_connect_timeout=_ANSWER_S,
         )
@@ -154,9 +167,12 @@ class Link:
                     for command, answer in zip(commands, answers, strict=True)
                 ]
         except (TimeoutError, RedisError, OSError) as error:
-            self._lose(_said(error))
-            self._seek()
             answers = [error] * len(calls)
+            self._lose(error)
+        else:
+            for answer in answers:  # it is a replica now
+                if isinstance(answer, ReadOnlyError):
+                    self._lose(answer)
         for (script, _, future), answer in zip(calls, answers, strict=True):
             if future.done():
                 continue
@@ -176,11 +192,12 @@ class Link:
             log.error("queue refused a call", extra=fields(script=script, reason=str(error)))
         return Unavailable(f"The queue at {self.shown} failed: {_said(error)}.", retry_after=1)
 
-    def _lose(self, fault: str) -> None:
+    def _lose(self, error: Exception) -> None:
         if self._up.is_set():
             self._up.clear()
-            log.error("queue lost", extra=fields(queue=self.shown, reason=fault))
-        self._fail_all(fault)
+            log.error("queue lost", extra=fields(queue=self.shown, reason=_said(error)))
+        self._fail_all(_said(error))
+        self._seek()
 
     def _fail_all(self, fault: str) -> None:
         self._fault = fault
@@ -210,7 +227,9 @@ class Link:
                 return
 
     async def _load(self) -> None:
-        for answer in await self._line.send([("SCRIPT", "LOAD", text) for text in self._scripts.values()]):
+        commands: list[tuple[Any, ...]] = [("SCRIPT", "LOAD", text) for text in self._scripts.values()]
+        commands.append(("EVALSHA", self._hashes["cancel"], 1, PREFIX))  # it can be written, too
+        for answer in await self._line.send(commands):
             if isinstance(answer, ResponseError):
                 raise answer
 
