@@ -68,7 +68,6 @@ def serve(settings: Settings) -> None:
     broker = _broker(settings, admission, metrics)
 
     from pushforward.api.app import build
-    from pushforward.api.protocol import Guard, Protocol
     from pushforward.api.server import Server
 
     limits = Limits(
@@ -83,10 +82,10 @@ def serve(settings: Settings) -> None:
     admin_port = None if settings.admin_port is None else listeners[1].getsockname()[1]
     keyring = None if settings.keys is None else Keyring(open_keys(settings.keys))
     app = build(plane, metrics, settings.max_body_bytes, keyring, admin_port, tracing)
-    guard = Guard(settings.max_connections, settings.header_timeout_s, admin_port)
     config = _uvicorn(
         app,
-        http=functools.partial(Protocol, guard),
+        settings,
+        admin_port,
         lifespan="on",
         timeout_graceful_shutdown=math.ceil(settings.drain_s),
     )
@@ -158,7 +157,9 @@ async def _work(
     probes = None
     if listener is not None:
         app = build_probes(puller.unavailable, registry)
-        probes = asyncio.create_task(Probes(_uvicorn(app, lifespan="off")).serve(sockets=[listener]))
+        probes = asyncio.create_task(
+            Probes(_uvicorn(app, settings, lifespan="off")).serve(sockets=[listener])
+        )
         log.info("listening", extra=logs.fields(url=_url(listener)))
     await told.wait()
     log.info("leaving", extra=logs.fields(chunks=puller.holds))
@@ -275,15 +276,18 @@ def _url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _uvicorn(app: Any, **options: Any) -> Any:
+def _uvicorn(app: Any, settings: Settings, admin_port: int | None = None, **options: Any) -> Any:
     """How HTTP is spoken."""
     import uvicorn
 
+    from pushforward.api.protocol import Guard, Protocol
     from pushforward.api.server import HEADERS
 
+    guard = Guard(settings.max_connections, settings.header_timeout_s, admin_port)
     return uvicorn.Config(
         app,
         loop="uvloop",
+        http=functools.partial(Protocol, guard),  # type: ignore[arg-type]
         ws="none",
         log_config=None,
         log_level="warning",

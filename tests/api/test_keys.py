@@ -280,14 +280,25 @@ def test_a_key_is_taken_and_refused_everywhere_within_a_second(
             test(server.url)
 
 
-def test_the_control_plane_moves_to_a_port_of_its_own(start: Start, moons: Path) -> None:
-    server = start("--admin-port", "0", at=moons, workers=1)
+def test_the_control_plane_moves_to_a_port_of_its_own(
+    start: Start, moons: Path, place: str, tokens: dict[str, str]
+) -> None:
+    server = start("--admin-port", "0", at=moons, keys=place, workers=1)
     admin = next(line["admin"] for line in server.log if line["event"] == "listening")
     order, solve = f"{MOONS}/versions/1/load", f"{MOONS}/log_density"
     with httpx.Client(timeout=PATIENCE_S) as client:
-        statuses = {
-            (port, method, path): client.request(method, url + path, json=ROW if method == "POST" else None)
-            for port, url in (("main", server.url), ("admin", admin))
+
+        def statuses(url: str, method: str, path: str) -> tuple[int, int]:
+            """Without a key, and with the right one."""
+            headers: tuple[dict[str, str], ...] = ({}, bearer(tokens["admin" if path == order else "infer"]))
+            body = ROW if method == "POST" else None
+            without, with_key = (
+                client.request(method, url + path, json=body, headers=one) for one in headers
+            )
+            return without.status_code, with_key.status_code
+
+        both = {
+            path: (statuses(server.url, method, path), statuses(admin, method, path))
             for method, path in (
                 ("GET", "/health/live"),
                 ("GET", "/health/ready"),
@@ -298,22 +309,16 @@ def test_the_control_plane_moves_to_a_port_of_its_own(start: Start, moons: Path)
             )
         }
         described = [set(client.get(f"{url}/openapi.json").json()["paths"]) for url in (server.url, admin)]
-        stays = client.stream("GET", f"{admin}/health/live")
-        with stays:
+        told = client.get(f"{admin}/metrics").text
+        with client.stream("GET", f"{admin}/health/live"):
             assert server.stop() == 0  # both ports drain together
-    assert {where: answer.status_code for where, answer in statuses.items()} == {
-        ("main", "GET", "/health/live"): 200,
-        ("main", "GET", "/health/ready"): 200,
-        ("main", "GET", "/metrics"): 404,
-        ("main", "GET", "/v1/models"): 200,
-        ("main", "POST", order): 404,
-        ("main", "POST", solve): 200,
-        ("admin", "GET", "/health/live"): 200,
-        ("admin", "GET", "/health/ready"): 200,
-        ("admin", "GET", "/metrics"): 200,
-        ("admin", "GET", "/v1/models"): 404,
-        ("admin", "POST", order): 202,
-        ("admin", "POST", solve): 404,
+    assert both == {
+        "/health/live": ((200, 200), (200, 200)),
+        "/health/ready": ((200, 200), (200, 200)),
+        "/metrics": ((404, 404), (200, 200)),  # the port is the key
+        "/v1/models": ((401, 200), (404, 404)),
+        order: ((404, 404), (401, 202)),
+        solve: ((401, 200), (404, 404)),
     }
     assert "/v1/models/{model}/versions/{version}/load" in described[1] - described[0]
-    assert "pushforward_requests_total" in statuses["admin", "GET", "/metrics"].text
+    assert "pushforward_requests_total" in told

@@ -160,7 +160,7 @@ def _application(
         return Response(page, media_type="text/html; charset=utf-8", headers=page_headers)
 
     async def exposition(request: Request) -> Response:
-        if door.keyring is not None:
+        if door.keyring is not None and admin == "here":  # a port of their own is for those who may
             door.keyring.identify(sent_key(request.headers.raw), "metrics")
         content_type, text = door.metrics.exposition(request.headers.get("accept", ""))
         return Response(text, headers={"content-type": content_type})

@@ -6,7 +6,7 @@ wants, and writes for ever to whoever does not read. Here
 - a head has at most 100 fields and 32 KiB, and so has whatever else the parser would have to keep;
 - the head of a request must have come after so many seconds, counted from its first byte or from the start
   of the connection; a body must come, and an answer be read, at 4 KiB/s after those;
-- there are only so many connections.
+- there are only so many connections, and requests sent ahead on one.
 
 What costs something per request are four methods of some lines; slow connections are found by a look at all
 of them, once a second.
@@ -28,6 +28,7 @@ __all__ = ["Guard", "Protocol"]
 _MOST_FIELDS = 100
 _MOST_BYTES = 1 << 15
 _LEAST_RATE = 4096  # bytes per second
+_MOST_AHEAD = 64  # requests that a connection may send before the answers to those before
 _TURNED_AWAY = 256  # connections beyond the limit that are told so; more are just closed
 
 
@@ -58,12 +59,14 @@ class Protocol(HttpToolsProtocol):
         super().__init__(**arguments)
         self._guard = guard
         self._turned_away = False
+        self._deaf = False
         self._fault: HttpError | None = None
         self._kept = 0  # bytes that came since the parser last had nothing to keep
         self._body_bytes = 0
         self._owed: tuple[RequestResponseCycle | None, float] | None = None
         self._arriving: tuple[RequestResponseCycle, float, int] | None = None
         self._unread: tuple[int, float] | None = None
+        self._running: RequestResponseCycle | None = None
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Take it, unless there are too many."""
@@ -74,8 +77,18 @@ class Protocol(HttpToolsProtocol):
             if beyond > _TURNED_AWAY:
                 transport.abort()
 
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Tell the application; uvicorn tells only the request that came last."""
+        self.pipeline.clear()
+        if self._running is not None:
+            self._running.disconnected = True
+            self._running.message_event.set()
+        super().connection_lost(exc)
+
     def data_received(self, data: bytes) -> None:
         """Parse what came."""
+        if self._deaf:
+            return
         if self._turned_away:
             most = self._guard.max_connections
             self._refuse(
@@ -100,6 +113,8 @@ class Protocol(HttpToolsProtocol):
         if len(headers) > _MOST_FIELDS or size > _MOST_BYTES:
             self._fault = _too_large()
             raise self._fault
+        if len(self.pipeline) >= _MOST_AHEAD:
+            raise ConnectionAbortedError  # those before it are answered, and this is not
         super().on_headers_complete()
         self.headers = []  # fields after a body are not the request's: what follows goes nowhere
         if self.parser.should_upgrade():  # to what we do not speak: bytes that follow are not a request
@@ -115,6 +130,10 @@ class Protocol(HttpToolsProtocol):
         """Take the end of a body."""
         self._kept = 0
         super().on_message_complete()
+
+    def _start_asgi_task(self, cycle: RequestResponseCycle, app: Any) -> None:
+        self._running = cycle
+        super()._start_asgi_task(cycle, app)
 
     def send_400_response(self, msg: str) -> None:
         """Tell what the parser did not like; uvicorn calls it when parsing fails."""
@@ -162,7 +181,7 @@ class Protocol(HttpToolsProtocol):
         busy = cycle is not None and not cycle.response_complete
         if busy and not cycle.more_body:  # a request before this one has been taken: its answer is the last
             cycle.keep_alive = False
-            self.flow.pause_reading()
+            self._deaf = True
             return
         if not busy or not cycle.response_started:
             status, headers, body = problem(fault, secrets.token_hex(8))

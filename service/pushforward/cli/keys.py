@@ -11,9 +11,9 @@ from typing import Annotated, Any, TypeVar
 
 import typer
 
-from pushforward.cli.common import plain, say, show
+from pushforward.cli.common import Config, plain, say, show
 from pushforward.errors import NotFound, UsageError
-from pushforward.settings import PREFIX, load_settings
+from pushforward.settings import PREFIX, Settings, load_settings
 
 __all__ = ["app"]
 
@@ -51,6 +51,7 @@ def create(
         int | None, typer.Option(help="Most rows not yet answered.", show_default="any", min=1)
     ] = None,
     keys: Place = None,
+    config: Config = None,
 ) -> None:
     """Make a key and print it, this once: only a hash of it is kept."""
     from pushforward.keys import SCOPES, Keys, new_key
@@ -79,13 +80,13 @@ def create(
         await place.add(key)
 
     told = {"key": key.id, "name": key.name, "scopes": key.scopes}
-    _carry_out("create key", told, keys, add)
+    _carry_out("create key", told, load_settings(keys=keys, config=config), add)
     say(f"Key {key.id}, for {', '.join(key.scopes)}. It is shown this once:")
     typer.echo(token)
 
 
 @app.command("list")
-def list_keys(keys: Place = None) -> None:
+def list_keys(keys: Place = None, config: Config = None) -> None:
     """List the keys; the secrets are not kept."""
     from rich.table import Column, Table
 
@@ -96,7 +97,7 @@ def list_keys(keys: Place = None) -> None:
 
     others = ("name", "scopes", "created", "expires", "rows/s", "burst", "in flight")
     table = Table(Column("id", no_wrap=True, min_width=12), *others, box=None)
-    for key in sorted(_with_keys(keys, read), key=lambda key: key.created):
+    for key in sorted(_with_keys(load_settings(keys=keys, config=config), read), key=lambda key: key.created):
         rate = key.rows_per_second
         table.add_row(
             key.id,
@@ -115,6 +116,7 @@ def list_keys(keys: Place = None) -> None:
 def revoke(
     key: Annotated[str, typer.Argument(help="Id of the key; `pushforward keys list` has it.")],
     keys: Place = None,
+    config: Config = None,
 ) -> None:
     """Revoke a key: within a second no server takes it."""
     from pushforward.keys import Keys
@@ -127,30 +129,29 @@ def revoke(
             raise NotFound(f"There is no key with the id {number[:12]!r}; `pushforward keys list` has them.")
         return found.name
 
-    _carry_out("revoke key", {"key": number[:12]}, keys, remove)
+    _carry_out("revoke key", {"key": number[:12]}, load_settings(keys=keys, config=config), remove)
 
 
 def _carry_out(
-    action: str, told: dict[str, Any], place: str | None, change: Callable[[Any], Awaitable[Any]]
+    action: str, told: dict[str, Any], settings: Settings, change: Callable[[Any], Awaitable[Any]]
 ) -> None:
     """Change the keys, and leave a line that says who did."""
     from pushforward import logs
 
-    settings = load_settings(keys=place)
     logs.configure(settings.log_level, settings.log_format)
     told |= {"uid": os.getuid(), "host": socket.gethostname()}
     try:
-        _with_keys(place, change)
+        _with_keys(settings, change)
     except Exception:
         logs.audit(action, **told, outcome="failed")
         raise
     logs.audit(action, **told, outcome="done")
 
 
-def _with_keys(place: str | None, use: Callable[[Any], Awaitable[Answer]]) -> Answer:
+def _with_keys(settings: Settings, use: Callable[[Any], Awaitable[Answer]]) -> Answer:
     from pushforward.keys import open_keys
 
-    where = load_settings(keys=place).keys
+    where = settings.keys
     if where is None:
         raise UsageError(f"Say where the keys are kept: --keys FILE, --keys redis://… or {PREFIX}KEYS.")
 

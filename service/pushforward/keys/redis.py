@@ -99,7 +99,9 @@ class RedisKeys:
             raise self._lost(error) from None
 
     def _lost(self, error: BaseException) -> Unavailable:
-        return Unavailable(f"The keys at {self.shown} cannot be reached: {error or type(error).__name__}.")
+        return Unavailable(
+            f"The keys at {self.shown} cannot be reached: {str(error).rstrip('.') or type(error).__name__}."
+        )
 
 
 class RedisQuotas:
