@@ -249,7 +249,8 @@ def answers(stack: Stack) -> str:
     """Every api gives the answers of every model, and the same ones."""
     urls = stack.urls()
     expect(len(urls) == REPLICAS["api"], f"{len(urls)} apis have an address")
-    _, listed, _ = fetch(urls[0] + "/v1/models")
+    status, listed, _ = fetch(urls[0] + "/v1/models")
+    expect(status == 200, f"the list of models: {status} {listed}")
     names = [model["name"] for model in listed["models"]]
     expect("moons" in names, f"the models are {names}")
     for name in names:
