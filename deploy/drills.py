@@ -58,6 +58,9 @@ def until(holds: Callable[[], object], what: str, patience_s: float = PATIENCE_S
     return time.monotonic() - begin
 
 
+KEY: dict[str, str] = {}  # what every request shows
+
+
 def fetch(url: str, body: Any = None, timeout_s: float = 35) -> tuple[int, Any, dict[str, str]]:
     """Status, content and headers of an answer.
 
@@ -78,9 +81,6 @@ def fetch(url: str, body: Any = None, timeout_s: float = 35) -> tuple[int, Any, 
         json.loads(text) if "json" in headers.get("content-type", "") else text.decode(),
         dict(headers),
     )
-
-
-KEY: dict[str, str] = {}
 
 
 class Stack:
@@ -224,6 +224,27 @@ def hardened(stack: Stack) -> str:
     return f"{len(services)} services"
 
 
+def keys(stack: Stack) -> str:
+    """Who has no key is refused; a key opens every api, until it is revoked."""
+    made = ("exec", "--no-TTY", "api", "pushforward", "keys")
+    token = stack.compose(*made, "create", "--name", "guest").strip()
+
+    def statuses() -> set[int]:
+        return {fetch(url + "/v1/models")[0] for url in stack.urls()}
+
+    mine = KEY.pop("Authorization")
+    try:
+        expect(statuses() == {401}, f"without a key: {statuses()}")
+        KEY["Authorization"] = f"Bearer {token}"
+        until(lambda: statuses() == {200}, "the new key opens every api", 10)
+        expect(fetch(stack.urls()[0] + "/metrics")[0] == 404, "the metrics are on the port for clients")
+        stack.compose(*made, "revoke", token)
+        until(lambda: statuses() == {401}, "the revoked key opens no api", 10)
+    finally:
+        KEY["Authorization"] = mine
+    return "made, used, revoked"
+
+
 def answers(stack: Stack) -> str:
     """Every api gives the answers of every model, and the same ones."""
     urls = stack.urls()
@@ -359,7 +380,17 @@ def stopped(stack: Stack) -> str:
     return f"{time.monotonic() - begin:.1f} s"
 
 
-DRILLS = [hardened, answers, watched, redis_away, engine_killed, container_killed, rolling_restart, stopped]
+DRILLS = [
+    hardened,
+    keys,
+    answers,
+    watched,
+    redis_away,
+    engine_killed,
+    container_killed,
+    rolling_restart,
+    stopped,
+]
 
 
 # ------------------------------------------------------------------------------------------------ the run
@@ -367,24 +398,27 @@ DRILLS = [hardened, answers, watched, redis_away, engine_killed, container_kille
 
 def started(stack: Stack) -> Iterator[str]:
     """What there is to know of images and of the time that containers took to be well."""
+    well: dict[str, float] = {}
+    for line in stack.docker(
+        "events", "--since", "1h", "--until", "0s", "--filter", "event=health_status", "--format", "json"
+    ).splitlines():
+        event = json.loads(line)
+        if event["Action"].endswith(": healthy"):
+            well.setdefault(event["Actor"]["ID"], event["timeNano"] / 1e9)
     for service in stack.compose("ps", "--services").split():
         for container in stack.containers(service):
             told = stack.inspect(container)
             size = json.loads(stack.docker("image", "inspect", told["Image"]))[0]["Size"]
             text = f"{service}: image {size / 1e6:.0f} MB"
-            good = [one for one in told["State"].get("Health", {}).get("Log", ()) if one["ExitCode"] == 0]
-            if good:
-                seconds = (moment(good[0]["End"]) - moment(told["State"]["StartedAt"])).total_seconds()
-                text += f", well {seconds:.1f} s after its start"
-            memory = stack.docker("stats", "--no-stream", "--format", "{{.MemUsage}}", container).split("/")[
-                0
-            ]
-            yield f"{text}, {memory.strip()} of memory"
+            if container in well:
+                text += f", well {well[container] - moment(told['State']['StartedAt']):.1f} s after its start"
+            memory = stack.docker("stats", "--no-stream", "--format", "{{.MemUsage}}", container)
+            yield f"{text}, {memory.split('/')[0].strip()} of memory"
 
 
-def moment(text: str) -> datetime:
+def moment(text: str) -> float:
     """Docker tells nanoseconds, which Python does not read."""
-    return datetime.fromisoformat(re.sub(r"(\.\d{6})\d*", r"\1", text).replace("Z", "+00:00"))
+    return datetime.fromisoformat(re.sub(r"(\.\d{6})\d*", r"\1", text).replace("Z", "+00:00")).timestamp()
 
 
 def main() -> int:
@@ -415,6 +449,8 @@ def main() -> int:
         scale = [word for service, count in REPLICAS.items() for word in ("--scale", f"{service}={count}")]
         stack.compose("up", "--detach", "--wait", "--wait-timeout", "180", *scale)
         say(f"up and well in {time.monotonic() - begin:.0f} s")
+        key = stack.compose("exec", "--no-TTY", "api", "pushforward", "keys", "create", "--name", "drills")
+        KEY["Authorization"] = f"Bearer {key.strip()}"
         for line in started(stack):
             say(f"  {line}")
         for drill in DRILLS:

@@ -90,14 +90,18 @@ Start = Callable[..., Server]
 
 @contextmanager
 def servers(store: Callable[[], Path | str]) -> Iterator[Start]:
-    """What starts servers, of ``store()`` unless told otherwise; none is left over afterwards."""
+    """What starts servers or workers, of ``store()`` unless told otherwise; none is left over afterwards."""
     started: list[Server] = []
     readers: list[threading.Thread] = []
 
-    def start(*flags: str, at: Path | None = None, ready: bool = True, **settings: object) -> Server:
-        command = [sys.executable, "-m", "pushforward.cli", "serve", "--port", "0"]
+    def start(
+        *flags: str, at: Path | None = None, ready: bool = True, command: str = "serve", **settings: object
+    ) -> Server:
+        serves = command == "serve"
+        port = ("--port", "0") if serves else ()
+        program = [sys.executable, "-m", "pushforward.cli", command, *port]
         process = subprocess.Popen(
-            [*command, "--store", str(at or store()), "--log-format", "json", *flags],
+            [*program, "--store", str(at or store()), "--log-format", "json", *flags],
             env=os.environ
             | {"PYTHONPATH": "service"}
             | {f"PUSHFORWARD_{name.upper()}": str(value) for name, value in settings.items()},
@@ -108,7 +112,8 @@ def servers(store: Callable[[], Path | str]) -> Iterator[Start]:
         started.append(server)
         readers.append(threading.Thread(target=server.read))
         readers[-1].start()
-        server.url = server.wait_for("listening")["url"]
+        if serves:
+            server.url = server.wait_for("listening")["url"]
         if ready:
             server.wait_for("worker ready")
         return server

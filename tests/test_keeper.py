@@ -228,6 +228,25 @@ def test_what_is_dropped_is_unloaded_and_comes_back_when_asked_for(
     assert [event.state for event in until(keeper, *MOONS, "ready")] == ["loading", "ready"]
 
 
+def test_what_late_chunks_brought_back_goes_again_when_no_more_come(
+    root: Path, keep: Callable[..., Keeper], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper = keep()
+    started(keeper)
+    add(root, "moons", 2)
+    assert drops(keeper) == [MOONS]
+    keeper.want(*MOONS)
+    assert [event.state for event in until(keeper, *MOONS, "ready")][-1] == "ready"
+    time.sleep(0.5)  # some looks
+    assert keeper.dropping() == []
+    asked = keeper._asked[MOONS]
+    assert keeper.get(*MOONS) is not None
+    assert keeper._asked[MOONS] > asked
+    monkeypatch.setattr("pushforward.keeper._KEEP_S", 0.0)
+    assert drops(keeper) == [MOONS]
+    assert keeper.get("moons", 2) is not None
+
+
 @pytest.mark.parametrize("damage", ["programs/decode.onnx", "golden.safetensors", "manifest.json"])
 def test_a_broken_version_fails_with_its_reason_and_the_old_one_stays(
     root: Path, keep: Callable[..., Keeper], damage: str

@@ -11,7 +11,8 @@ itself only ever meets versions that are verified, proven and warm.  A turn of t
 So a version's life is *loading → ready → draining → unloaded*: a draining one takes no new chunks, keeps its
 rows until they are finished, and is revived when it is asked for again.  A version is given back when those
 wanted of its model are all ready and two looks in a row found it wanted no more (the server has led its
-requests over by then), when the memory bound needs its room, or when it is unloaded by hand.
+requests over by then; one that chunks have asked for stays until none has for a minute), when the memory
+bound needs its room, or when it is unloaded by hand.
 
 The bound is never exceeded: what is to be loaded waits until enough of the others, those unused for longest
 first, have drained.  What had to give way is loaded again when it is asked for, in turn.
@@ -39,6 +40,8 @@ __all__ = ["Keeper"]
 log = logging.getLogger(__name__)
 
 Stamp = tuple[tuple[str, int, int], ...]
+
+_KEEP_S = 60.0  # what chunks have asked for and the policy does not want is kept while it is used so often
 
 
 class Keeper:
@@ -84,7 +87,7 @@ class Keeper:
         self._backlog: dict[Version, None] = {}  # … what the policy wants
         self._loading: Version | None = None
         self._need = 0  # bytes that the version being loaded waits for
-        self._asked: set[Version] = set()  # by chunks: kept
+        self._asked: dict[Version, float] = {}  # by chunks, and when they last did: kept for a while
         self._pinned: set[Version] = set()  # by hand: kept
         self._barred: set[Version] = set()  # by hand: not loaded
         self._evicted: set[Version] = set()  # for want of room: not loaded again unless asked for
@@ -138,7 +141,9 @@ class Keeper:
         key = name, version
         model = self._loaded.get(key) or (self._draining.get(key) if key in self._barred else None)
         if model is not None:
-            self._used[name, version] = next(self._clock)
+            self._used[key] = next(self._clock)
+            if key in self._asked:
+                self._asked[key] = time.monotonic()
         return model
 
     def held(self, name: str, version: int) -> LoadedModel:
@@ -162,7 +167,7 @@ class Keeper:
             if key in self._barred:
                 self._tell(key, "failed", _unloaded(key), code=NotFound.code)
                 return
-            self._asked.add(key)
+            self._asked[key] = time.monotonic()
             if key in self._loaded:
                 self._tell(key, "ready")
             elif key in self._draining and not self._need:
@@ -186,7 +191,7 @@ class Keeper:
         with self._changed:
             self._barred.add(key)
             self._pinned.discard(key)
-            self._asked.discard(key)
+            self._asked.pop(key, None)
             self._backlog.pop(key, None)
             if key in self._demanded and key != self._loading:
                 del self._demanded[key]
@@ -342,7 +347,8 @@ class Keeper:
         for name in self._policy.models() if self._policy else ():
             spare |= self._look_at(name)
         with self._changed:
-            for key in spare & self._spare & self._loaded.keys() - self._asked - self._pinned:
+            for key in spare & self._spare & self._loaded.keys() - self._kept():
+                self._asked.pop(key, None)
                 self._drain(key)
         self._spare = spare
 
@@ -358,9 +364,14 @@ class Keeper:
                 self._backlog[key] = None
             if not wanted or not wanted <= self._loaded.keys():
                 return set()  # nothing goes before what takes its place is there
-            return {key for key in self._loaded if key[0] == name} - wanted - self._asked
+            return {key for key in self._loaded if key[0] == name} - wanted - self._kept()
 
     # ---------------------------------------------------------------- what both call
+
+    def _kept(self) -> set[Version]:
+        """Versions that are kept although the policy does not want them."""
+        long_ago = time.monotonic() - _KEEP_S
+        return self._pinned | {key for key, asked in self._asked.items() if asked > long_ago}
 
     def _drain(self, key: Version) -> None:
         self._draining[key] = self._loaded.pop(key)

@@ -301,6 +301,25 @@ def test_closing_fails_what_is_in_flight_and_ends_the_workers(setup: Setup, work
     asyncio.run(run())
 
 
+def test_closing_while_workers_start_ends_them_and_fails_what_waits_for_them(setup: Setup, work: Any) -> None:
+    async def run() -> None:
+        broker = LocalBroker([setup] * 2)
+        await broker.start()
+        tasks = [asyncio.create_task(broker.submit(work(f"{number}"))) for number in range(3)]
+        await until(lambda: len(broker.workers) == 2)
+        workers = broker.workers
+        assert broker.unavailable() == "The workers are starting."
+        await broker.close()
+        for task in tasks:
+            with pytest.raises(Unavailable, match="shutting down"):
+                await task
+        for worker in workers:
+            with pytest.raises(ProcessLookupError):
+                os.kill(worker, 0)
+
+    asyncio.run(run())
+
+
 def test_workers_may_be_started_before_there_is_an_event_loop(setup: Setup, work: Any) -> None:
     broker = LocalBroker([setup])
     broker.spawn()

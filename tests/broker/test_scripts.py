@@ -10,8 +10,10 @@ from tests.redis_server import PROGRAMS, queue
 
 from pushforward.broker.base import ATTEMPTS
 from pushforward.broker.redis.link import PREFIX, scripts
+from pushforward.broker.redis.words import Announcement, encode_announcement
 
 LEASE_MS = 60_000
+SAID = encode_announcement(Announcement("w", None, ["moons/1"], []))
 
 
 class Scripts:
@@ -108,7 +110,7 @@ def test_a_lease_that_ran_out_goes_to_another_under_the_next_fence(q: Scripts) -
     assert q.finish("w", "a", 1, "late", "") == 0  # before another has it …
     assert q.take_from("v") == [[b"a", 2, b"", b"<a>"]]
     assert q.finish("w", "a", 1, "late", "") == 0  # … and after
-    assert q.beat("w", 1000, "said", "a", 1)[0] == [b"a"]
+    assert q.beat("w", 1000, SAID, 1, "a", 1)[0] == [b"a"]
     assert q.finish("v", "a", 2, "answer", "") == 1
     assert q.finish("v", "a", 2, "answer", "") == 0  # twice
     assert [told[b"body"] for told in q.replies()] == [b"answer"]
@@ -118,9 +120,9 @@ def test_a_beat_renews_the_lease_and_tells_what_was_lost(q: Scripts) -> None:
     q.submit_one("a")
     q.take_from("w")
     time.sleep(0.05)
-    assert q.beat("w", 1000, "said", "a", 1, "b", 1) == [[b"b"], [], 0]
+    assert q.beat("w", 1000, SAID, 1, "a", 1, "b", 1) == [[b"b"], [], 0]
     assert q.reap("v", 40, ATTEMPTS) == [0, 0, 0]
-    assert q.look() == [[b"said"], []]
+    assert q.look() == [[SAID], []]
 
 
 def test_the_last_attempt_is_made_alone_and_then_the_chunk_is_given_up(q: Scripts) -> None:
@@ -132,10 +134,10 @@ def test_the_last_attempt_is_made_alone_and_then_the_chunk_is_given_up(q: Script
         assert q.reap("v", 0, ATTEMPTS) == [not last, last, 0]
         if last:
             assert q.take_from("w") == []  # not beside others
-            assert q.beat("w", 1000, "said") == [[], [], 1]  # to become empty for it …
-            assert q.beat("v", 1000, "said") == [[], [], 0]  # … which one is enough for
+            assert q.beat("w", 1000, SAID, 1) == [[], [], 1]  # to become empty for it …
+            assert q.beat("v", 1000, SAID, 1) == [[], [], 0]  # … which one is enough for
             assert [id for id, *_ in q.take_from("w", "alone")] == [b"a"]
-            assert q.beat("w", 1000, "said", "a", attempt)[0] == []
+            assert q.beat("w", 1000, SAID, 1, "a", attempt)[0] == []
         else:
             q.take_from("w")
     q.client.delete(f"{PREFIX}reaper")
@@ -157,7 +159,7 @@ def test_what_a_worker_hands_back_does_not_count_as_an_attempt(q: Scripts) -> No
     q.submit_one("a")
     for _ in range(ATTEMPTS + 2):
         assert [fence for _, fence, *_ in q.take_from("w")] == [1]
-        q.release("w", "a", 1)
+        q.release("w")
     assert q.finish("w", "a", 1, "late", "") == 0
     assert q.look() == [[], []]
 
@@ -200,25 +202,88 @@ def test_an_audit_tells_what_is_missing_and_frees_what_nobody_reads(q: Scripts) 
     assert [id for id, *_ in q.take_from("w", "interactive:any")] == [b"read"]
 
 
-def test_workers_that_have_gone_are_forgotten_once_they_hold_nothing(q: Scripts) -> None:
+def test_workers_that_have_gone_are_forgotten(q: Scripts) -> None:
     q.submit_one("a")
     q.take_from("w")
-    q.beat("w", 1, "said")
+    q.beat("w", 1, SAID, 1)
     time.sleep(0.01)
     q.reap("v", LEASE_MS, ATTEMPTS)
-    assert q.client.smembers(f"{PREFIX}workers") == {b"w"}
-    q.client.delete(f"{PREFIX}reaper")
-    q.reap("v", 0, ATTEMPTS)
     assert q.client.smembers(f"{PREFIX}workers") == set()
-    names = {each["name"] for each in q.client.xinfo_consumers(f"{PREFIX}interactive:any", "workers")}
-    assert b"w" not in names
+    consumers = q.client.xinfo_consumers(f"{PREFIX}interactive:any", "workers")
+    assert [each["name"] for each in consumers] == [b"w"]  # which holds a chunk
+    for _ in range(20):  # one stream at a time
+        q.client.delete(f"{PREFIX}reaper")
+        q.reap("v", 0, ATTEMPTS)
+    assert q.client.xinfo_consumers(f"{PREFIX}interactive:any", "workers") == []
+
+
+def test_streams_that_nobody_reads_are_forgotten_when_they_are_empty(q: Scripts) -> None:
+    q.beat("w", LEASE_MS, SAID, 1)
+    q.make("bulk:any", "bulk:moons/1", "bulk:moons/2", "bulk:moons/3")
+    q.submit_one("a", "bulk:moons/2")
+    for _ in range(60):  # one at a time
+        q.client.delete(f"{PREFIX}reaper")
+        q.reap("v", LEASE_MS, ATTEMPTS)
+    streams = q.client.smembers(f"{PREFIX}streams")
+    assert streams == {b"bulk:any", b"bulk:moons/1", b"bulk:moons/2"}
+    assert all(q.client.exists(PREFIX.encode() + stream) for stream in streams)
+    assert not q.client.exists(f"{PREFIX}bulk:moons/3")
+    q.submit_one("b", "bulk:moons/3")
+    assert [id for id, *_ in q.take_from("w", "bulk:moons/2", "bulk:moons/3")] == [b"a", b"b"]
+
+
+def test_a_stream_that_was_deleted_is_made_again(q: Scripts) -> None:
+    q.submit_one("a")
+    q.client.delete(f"{PREFIX}interactive:any")
+    q.submit_one("b")
+    assert [id for id, *_ in q.take_from("w")] == [b"b"]
+
+
+def test_last_attempts_are_made_one_by_one(q: Scripts) -> None:
+    for id in "ab":
+        q.submit_one(id)
+    q.take_from("w")
+    for _ in range(2, ATTEMPTS + 1):
+        q.client.delete(f"{PREFIX}reaper")
+        q.reap("v", 0, ATTEMPTS)
+        q.take_from("w")
+    assert [id for id, *_ in q.take_from("w", "alone")] == [b"a"]
+    ((_, ((entry, told),)),) = q.client.xreadgroup("workers", "w", {f"{PREFIX}alone": ">"}, count=1)
+    q.submit_one("c")
+    assert [id for id, *_ in q.take("w", 9, 9, 1, "alone", entry, told[b"id"], "alone")] == [b"b"]
+    assert q.beat("v", 1000, SAID, 0)[2] == 0  # one that takes nothing
+    assert q.beat("v", 1000, SAID, 1)[2] == 1
+
+
+def test_a_worker_that_leaves_hands_back_all_but_what_it_keeps(q: Scripts) -> None:
+    for id in "abc":
+        q.submit_one(id)
+    q.beat("w", 1000, SAID, 1)
+    q.take_from("w", room=2)
+    q.client.xreadgroup("workers", "w", {f"{PREFIX}interactive:any": ">"}, count=1)
+    q.release("w", "a")
+    assert [(id, fence) for id, fence, *_ in q.take_from("v")] == [(b"b", 1), (b"c", 1)]
+    assert q.finish("w", "b", 1, "late", "") == 0
+    assert q.finish("w", "a", 1, "answer", "") == 1
+    assert q.look()[0] == [SAID]
+    q.release("w")
+    assert q.look()[0] == []
+
+
+def test_answers_do_not_outlive_the_process_they_are_for(q: Scripts) -> None:
+    q.submit_one("a")
+    q.take_from("w")
+    q.finish("w", "a", 1, "answer", "")
+    assert 0 < q.client.pttl(f"{PREFIX}reply:api") <= q.client.pttl(f"{PREFIX}api:api") + 1000
 
 
 def test_orders_are_there_for_workers_that_come_later(q: Scripts) -> None:
     q.order("moons/1", "unload")
+    unload = q.look()[1]
     q.order("moons/1", "load")
-    assert q.beat("w", 1000, "said")[1] == [b"moons/1", b"load:2"]
-    assert q.look()[1] == [b"moons/1", b"load:2"]
+    version, load = q.beat("w", 1000, SAID, 1)[1]
+    assert (version, load[:5]) == (b"moons/1", b"load:")
+    assert q.look()[1] == [version, load] != unload
 
 
 def test_limits_hold_for_all_processes_together_and_not_for_those_that_have_gone(q: Scripts) -> None:
@@ -247,7 +312,7 @@ def test_a_queue_without_memory_takes_nothing_more_and_still_gives_answers(q: Sc
     with pytest.raises(OutOfMemoryError):
         q.submit_one("c")
     assert len(q.take_from("w")) == 2
-    assert q.beat("w", 1000, "said", "a", 1)[0] == []
+    assert q.beat("w", 1000, SAID, 1, "a", 1)[0] == []
     assert q.finish("w", "a", 1, "answer", "") == 1
     assert q.reserve("api", 1, 1, 1, 1, 100, 1000, 0, 0, 1000)[0] == 1
     q.cancel("b")

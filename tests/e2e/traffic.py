@@ -33,6 +33,7 @@ class Sent:
     """A request, and what became of it. Times are ``time.monotonic``, in seconds."""
 
     id: str
+    url: str
     template: Template
     begun: float
     sent: float | None = None
@@ -79,6 +80,14 @@ class Report:
         """Of the requests alone that were begun afterwards."""
         return Report([r for r in self.requests if r.begun > moment])
 
+    def to(self, url: str) -> Report:
+        """Of the requests alone that one server was sent."""
+        return Report([r for r in self.requests if r.url == url])
+
+    def ended(self, outcome: str) -> Sequence[Sent]:
+        """The requests that ended so."""
+        return [request for request in self.requests if request.outcome == outcome]
+
     def latency_ms(self, share: float, *outcomes: str) -> float:
         """This quantile of the times to an answer, milliseconds; NaN without any."""
         times = sorted(
@@ -123,7 +132,7 @@ class Traffic:
     """Sends requests of a bank at random moments until it is told to stop, in a thread of its own.
 
     Args:
-        url: of the server.
+        url: of the server; or of several, of which each request goes to one, and which may change.
         bank: what to send, and the answers.
         rate: requests a second.
         hang_up: share of the requests whose client closes the connection on the way; those are large ones.
@@ -136,7 +145,7 @@ class Traffic:
 
     def __init__(
         self,
-        url: str,
+        url: str | Sequence[str],
         bank: Bank,
         *,
         rate: float = 40.0,
@@ -146,7 +155,8 @@ class Traffic:
         most: int = 24,
         seed: int = 0,
     ) -> None:
-        self._url, self._rate, self._hang_up, self._bulk, self._most = url, rate, hang_up, bulk, most
+        self._urls = [url] if isinstance(url, str) else url
+        self._rate, self._hang_up, self._bulk, self._most = rate, hang_up, bulk, most
         self._templates = bank.templates if only is None else only
         self._heavy = bank.heavy
         self._draw = random.Random(seed)
@@ -206,7 +216,7 @@ class Traffic:
     async def _drive(self) -> None:
         under_way: set[asyncio.Task[None]] = set()
         limits = httpx.Limits(max_connections=None, max_keepalive_connections=20)
-        async with httpx.AsyncClient(base_url=self._url, timeout=LOST_S, limits=limits) as client:
+        async with httpx.AsyncClient(timeout=LOST_S, limits=limits) as client:
             due = time.monotonic()
             while not self._stopping.is_set():
                 due = max(due + self._draw.expovariate(self._rate), time.monotonic() - 1)
@@ -226,7 +236,8 @@ class Traffic:
         body = {"timeout_ms": int(1000 * LOST_S), **template.body}
         if draw.random() < self._bulk:
             body["priority"] = "bulk"
-        request = Sent(f"traffic-{len(self._requests)}", template, time.monotonic())
+        url = self._urls[len(self._requests) % len(self._urls)]
+        request = Sent(f"traffic-{len(self._requests)}", url, template, time.monotonic())
         self._requests.append(request)
         call = self._post(client, request, body)
         try:
@@ -246,7 +257,7 @@ class Traffic:
 
         template = request.template
         answer = await client.post(
-            f"/v1/models/{template.model}/{template.operation}",
+            f"{request.url}/v1/models/{template.model}/{template.operation}",
             json=body,
             headers={"x-request-id": request.id},
             extensions={"trace": trace},

@@ -22,9 +22,9 @@ log = logging.getLogger(__name__)
 
 # What backends call the time or the generation of a file.
 _STAMPS = ("ETag", "etag", "generation", "mtime", "LastModified", "last_modified", "updated", "created")
-# An outage must not keep a thread for minutes: s3fs tries again by itself, too.
+# A store that hangs must not keep a thread for minutes: s3fs tries five times by itself.
 _OPTIONS: Mapping[str, Mapping[str, Any]] = {
-    "s3": {"config_kwargs": {"retries": {"mode": "standard", "total_max_attempts": 2}}}
+    "s3": {"config_kwargs": {"read_timeout": 5, "retries": {"mode": "standard", "total_max_attempts": 2}}}
 }
 
 

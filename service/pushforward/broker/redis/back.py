@@ -15,16 +15,14 @@ import os
 import secrets
 import socket
 import time
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 from redis.exceptions import RedisError, ResponseError
 
 from pushforward.broker.base import ATTEMPTS
 from pushforward.broker.local import LocalBroker
-from pushforward.broker.redis.link import PREFIX, Link
+from pushforward.broker.redis.link import PREFIX, Link, endlessly
 from pushforward.broker.redis.words import Announcement, encode_announcement
 from pushforward.errors import DeadlineExceeded, PushforwardError, Unavailable
 from pushforward.logs import fields
@@ -65,7 +63,7 @@ class Puller:
     ) -> None:
         self.id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         self._link = Link(url)
-        self._reader = self._link.client(_WAIT_S)
+        self._reader = self._link.line()
         self._listener = self._link.client(3600.0)
         self._local = local
         self._rows = rows
@@ -94,14 +92,18 @@ class Puller:
     async def start(self) -> None:
         """Seek the server, and begin to pull."""
         await self._link.start()
-        work = (self._keep_beating, self._keep_pulling, self._keep_reaping, self._keep_listening)
-        self._tasks = [asyncio.create_task(each()) for each in work]
+        work = (self._keep_pulling, self._keep_beating, self._keep_reaping, self._keep_listening)
+        self._tasks = [asyncio.create_task(endlessly(each)) for each in work]
 
     async def drain(self, patience_s: float) -> None:
         """Take nothing more, finish what is held as far as time allows, hand back the rest, and leave."""
         self._draining = True
         end = time.monotonic() + patience_s
+        pulling, *others = self._tasks
+        await _cancelled(pulling)  # with chunks, perhaps, that it will never hear of
         with contextlib.suppress(Unavailable):
+            if self._held:
+                await self._link.call("release", self.id, *self._held)
             await self._beat()
         while self._held and time.monotonic() < end:
             self._settled.clear()
@@ -109,19 +111,14 @@ class Puller:
                 await asyncio.wait_for(self._settled.wait(), end - time.monotonic())
             except TimeoutError:
                 break
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
-        rest = dict(self._held)
-        for held in rest.values():
-            assert held.task is not None
-            held.task.cancel()
+        rest = [held.task for held in self._held.values() if held.task is not None]
+        await _cancelled(*others, *rest)
         try:
-            await self._link.call("release", self.id, *_fences(rest))
+            await self._link.call("release", self.id)
         except Unavailable:  # their leases run out
             log.warning("chunks not handed back", extra=fields(chunks=len(rest)))
         await self._link.close()
-        await self._reader.aclose()
+        await self._reader.close()
         await self._listener.aclose()
 
     # ------------------------------------------------------------------------------ pulling
@@ -129,7 +126,7 @@ class Puller:
     async def _keep_pulling(self) -> None:
         """Read chunks whenever there is room for some."""
         more = True  # whether there may be more than were taken last
-        while not self._draining:
+        while True:
             await self._link.found()
             rooms = self._rooms()
             streams = self._streams(*rooms)
@@ -177,31 +174,33 @@ class Puller:
 
     async def _wait_for(self, streams: list[str]) -> list[str | bytes]:
         """Wait until one of the streams has a chunk; what was read, as (stream, entry, id) in one list."""
+        names = [f"{PREFIX}{stream}" for stream in streams]
+        group = "GROUP", "workers", self.id
+        wait = "COUNT", 1, "BLOCK", round(1000 * _WAIT_S)
+        command = "XREADGROUP", *group, *wait, "STREAMS", *names, *[">"] * len(names)
         try:
-            found: Any = await self._reader.xreadgroup(
-                "workers",
-                self.id,
-                {f"{PREFIX}{stream}": ">" for stream in streams},
-                count=1,
-                block=round(1000 * _WAIT_S),
-            )
-        except ResponseError as error:
-            if not str(error).startswith("NOGROUP"):
-                raise Unavailable(str(error)) from None
-            await self._link.call("make", *streams)
-            return []
+            (found,) = await self._reader.send([command], _WAIT_S)
         except (TimeoutError, RedisError, OSError):
             raise Unavailable("The queue is lost.") from None
+        if isinstance(found, ResponseError):
+            if not str(found).startswith("NOGROUP"):
+                raise Unavailable(str(found))
+            await self._link.call("make", *streams)
+            return []
         return [
             part
-            for stream, entries in found
-            for entry, told in entries
-            for part in (stream.decode().removeprefix(PREFIX), entry, told[b"id"])
+            for stream, entries in found or ()
+            for entry, (_, id) in entries
+            for part in (stream.decode().removeprefix(PREFIX), entry, id)
         ]
 
     def _begin(self, id: str, fence: int, left_ms: str, body: bytes) -> None:
-        work = decode_to_worker(body)
-        assert isinstance(work, Work)
+        try:
+            work = decode_to_worker(body)
+            assert isinstance(work, Work)
+        except msgspec.DecodeError:  # another worker may understand it, when this lease has run out
+            log.exception("chunk cannot be read", extra=fields(chunk=id))
+            return
         # A deadline travels as what is left of it: clocks differ between machines.
         deadline = time.time() + float(left_ms) / 1000 if left_ms else None
         # The same chunk may come back while its last attempt is still being cancelled here.
@@ -229,7 +228,8 @@ class Puller:
             body = encode(msgspec.structs.replace(answer, fence=held.fence))
             while True:
                 try:
-                    await self._link.call("finish", self.id, id, held.fence, body, reason)
+                    if not await self._link.call("finish", self.id, id, held.fence, body, reason):
+                        log.info("answer discarded", extra=fields(chunk=id, fence=held.fence))
                     break
                 except Unavailable:
                     await asyncio.sleep(_RETRY_S)
@@ -268,7 +268,12 @@ class Puller:
             list(self._local.models().values()),
         )
         lost, orders, alone = await self._link.call(
-            "beat", self.id, round(1000 * self._lease_s), encode_announcement(said), *_fences(self._held)
+            "beat",
+            self.id,
+            round(1000 * self._lease_s),
+            encode_announcement(said),
+            int(said.unavailable is None),
+            *(part for id, held in self._held.items() for part in (id, held.fence)),
         )
         for id in lost:
             self._drop(id.decode())
@@ -313,5 +318,7 @@ class Puller:
                 await asyncio.sleep(_RETRY_S)
 
 
-def _fences(held: Mapping[str, _Held]) -> list[str | int]:
-    return [part for id, one in held.items() for part in (id, one.fence)]
+async def _cancelled(*tasks: asyncio.Task[None]) -> None:
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)

@@ -7,6 +7,7 @@ server has come back without it.  Chunks are pure functions, so an answer that w
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import secrets
@@ -16,10 +17,10 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import msgspec
-from redis.exceptions import RedisError
+from redis.exceptions import RedisError, ResponseError
 
 from pushforward.broker.base import full, merge_models
-from pushforward.broker.redis.link import PREFIX, Link
+from pushforward.broker.redis.link import PREFIX, Link, endlessly
 from pushforward.broker.redis.words import Announcement, decode_announcement
 from pushforward.errors import PushforwardError, Unavailable, from_code
 from pushforward.logs import fields
@@ -33,7 +34,7 @@ _LIFE_MS = 5_000  # an API process that is silent for so long is taken for dead
 _WAIT_S = 2.0  # for answers, before asking again
 _TELL_S = 0.1  # between two looks whether what is held has changed
 _LOOK_S = 0.5  # between two looks at the workers
-_AUDIT_S = 1.0  # between two looks for chunks that are no longer there
+_AUDIT_S = 1.0  # between two signs of life, and looks for chunks that are no longer there
 _GRACE_S = 0.5  # after a deadline, for the worker's own account of it to arrive
 _KEEP_S = 60.0  # beyond its deadline, a chunk that was forgotten
 _TOGETHER = 1000  # ids that one call audits
@@ -71,10 +72,9 @@ class RedisBroker:
     def __init__(self, url: str, holdings: Holdings) -> None:
         self.id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         self._link = Link(url)
-        self._replies = self._link.client(_WAIT_S)
+        self._replies = self._link.line()
         self._holdings = holdings
         self._told: tuple[int, int] | None = None
-        self._told_at = 0.0
         self._waiting: dict[str, _Chunk] = {}
         self._workers: list[Announcement] = []
         self._read: frozenset[str] = frozenset()
@@ -100,7 +100,7 @@ class RedisBroker:
         """Seek the server, and follow it from now on."""
         await self._link.start()
         work = (self._keep_told, self._keep_looking, self._keep_reading, self._keep_auditing)
-        self._tasks = [asyncio.create_task(each()) for each in (*work, self._keep_deadlines)]
+        self._tasks = [asyncio.create_task(endlessly(each)) for each in (*work, self._keep_deadlines)]
 
     async def admit(self, rows: int, nbytes: int) -> None:
         """See ``Broker.admit``: these are the queue's limits, over all processes that ask."""
@@ -166,7 +166,7 @@ class RedisBroker:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await self._link.close()
-        await self._replies.aclose()
+        await self._replies.close()
 
     # ------------------------------------------------------------------------------ chunks out, answers in
 
@@ -203,27 +203,33 @@ class RedisBroker:
         while True:
             await self._link.found()
             try:
-                pipeline = self._replies.pipeline(transaction=False)
-                pipeline.xdel(stream, *read)
-                pipeline.xread({stream: "0"}, 1000, round(1000 * _WAIT_S))
-                _, streams = await pipeline.execute()
+                forget = "XDEL", stream, *read
+                wait = "XREAD", "COUNT", 1000, "BLOCK", round(1000 * _WAIT_S), "STREAMS", stream, "0"
+                forgot, found = await self._replies.send([forget, wait], _WAIT_S)
+                for answer in (forgot, found):
+                    if isinstance(answer, ResponseError):
+                        raise answer
             except (TimeoutError, RedisError, OSError):
                 await asyncio.sleep(_TELL_S)
                 continue
             read = [b"0-1"]  # no entry has this number
-            for _, entries in streams:
+            for _, entries in found or ():
                 for entry, told in entries:
                     read.append(entry)
-                    self._hear(told)
+                    self._hear(dict(zip(told[::2], told[1::2], strict=True)))
 
     def _hear(self, told: Mapping[bytes, bytes]) -> None:
         chunk = self._waiting.get(told[b"id"].decode())
         if chunk is None:
             return
         if b"spent" in told:
-            chunk.fail(_convicted(int(told[b"spent"]), len(chunk.work.rows)))
+            chunk.fail(_convicted(int(told[b"spent"]), len(chunk.work.rows)), answered=True)
             return
-        message = decode_from_worker(told[b"body"])
+        try:
+            message = decode_from_worker(told[b"body"])
+        except msgspec.DecodeError as error:
+            chunk.fail(PushforwardError(f"A worker's answer cannot be read: {error}."), answered=True)
+            return
         if isinstance(message, Result):
             waited = time.monotonic() - chunk.sent - message.solve_s
             chunk.succeed(msgspec.structs.replace(message, queue_s=max(message.queue_s, waited)))
@@ -246,19 +252,21 @@ class RedisBroker:
             await self._link.found()
             settled = time.monotonic() - _AUDIT_S
             ids = [id for id, chunk in self._waiting.items() if chunk.sent < settled]
-            for first in range(0, len(ids), _TOGETHER):
-                try:
-                    missing = await self._link.call(
-                        "audit", len(self._read), *self._read, *ids[first : first + _TOGETHER]
-                    )
-                except Unavailable:
-                    break
-                await asyncio.sleep(_TELL_S)  # for answers that are on their way
-                for id in missing:
-                    chunk = self._waiting.get(id.decode())
-                    if chunk is not None and not chunk.answer.done():
-                        log.warning("chunk queued again", extra=fields(chunk=chunk.work.id))
-                        await self._queue(chunk)
+            try:
+                await self._tell()  # chunks of a process that says nothing are not solved
+                for first in range(0, len(ids), _TOGETHER):
+                    await self._audit(ids[first : first + _TOGETHER])
+            except Unavailable:  # when it is found again, all is looked at
+                continue
+
+    async def _audit(self, ids: list[str]) -> None:
+        missing = await self._link.call("audit", len(self._read), *self._read, *ids)
+        await asyncio.sleep(_TELL_S)  # for answers that are on their way
+        for id in missing:
+            chunk = self._waiting.get(id.decode())
+            if chunk is not None and not chunk.answer.done():
+                log.warning("chunk queued again", extra=fields(chunk=chunk.work.id))
+                await self._queue(chunk)
 
     # ------------------------------------------------------------------------------ what is held, and who is
 
@@ -266,22 +274,20 @@ class RedisBroker:
         """Say what this process holds, of which so much has yet to be granted."""
         own = self._holdings
         before = own.rows - rows, own.nbytes - nbytes
-        self._told, self._told_at = (own.rows, own.nbytes), time.monotonic()
+        holds = own.rows, own.nbytes
         answer = await self._link.call(
             "reserve", self.id, *before, rows, nbytes, own.max_rows, own.max_bytes, *own.rates(), _LIFE_MS
         )
+        self._told = holds
         self.rows, self.nbytes = answer[1:3]
         return answer
 
     async def _keep_told(self) -> None:
         while True:
-            changed = self._told != (self._holdings.rows, self._holdings.nbytes)
-            if changed or time.monotonic() - self._told_at > _LIFE_MS / 5000:
+            if self._told != (self._holdings.rows, self._holdings.nbytes):
                 await self._link.found()
-                try:
+                with contextlib.suppress(Unavailable):
                     await self._tell()
-                except Unavailable:
-                    self._told = None
             await asyncio.sleep(_TELL_S)
 
     async def _keep_looking(self) -> None:

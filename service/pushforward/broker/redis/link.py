@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 import logging
 from collections import deque
+from collections.abc import Awaitable, Callable
 from importlib.resources import files
 from typing import Any
 
@@ -21,11 +22,12 @@ from redis.exceptions import (
     ResponseError,
 )
 
+from pushforward.broker.redis.line import Line
 from pushforward.connections import connect, shown
 from pushforward.errors import Unavailable
 from pushforward.logs import fields
 
-__all__ = ["PREFIX", "Link", "scripts"]
+__all__ = ["PREFIX", "Link", "endlessly", "scripts"]
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +53,16 @@ def scripts() -> dict[str, str]:
     return found
 
 
+async def endlessly(work: Callable[[], Awaitable[None]]) -> None:
+    """Do work that ends only when it is meant to; what nobody thought of is logged, and it is begun again."""
+    while True:
+        try:
+            return await work()
+        except Exception:
+            log.exception("queue work failed")
+            await asyncio.sleep(_RETRY_S)
+
+
 class Link:
     """Calls scripts.  Calls reach the server in the order in which they were made.
 
@@ -68,7 +80,7 @@ class Link:
         self._url = url
         self._scripts = scripts()
         self._hashes = {name: hashlib.sha1(text.encode()).hexdigest() for name, text in self._scripts.items()}
-        self._client = self.client(0.0)
+        self._line = self.line()
         self._calls: deque[_Call] = deque()
         self._sender: asyncio.Task[None] | None = None
         self._seeker: asyncio.Task[None] | None = None
@@ -90,10 +102,16 @@ class Link:
         return connect(
             self._url,
             protocol=2,
-            retry=Retry(NoBackoff(), 0),  # what is lost is told at once
+            # A connection that was cut is made again at once.  Scripts may be sent twice: at worst, chunks
+            # that were taken wait until their lease has run out.
+            retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
             socket_timeout=wait_s + _ANSWER_S,
             socket_connect_timeout=_ANSWER_S,
         )
+
+    def line(self) -> Line:
+        """Another connection, for commands that go out together; close it with ``close``."""
+        return Line(self.client(0.0), _ANSWER_S)
 
     async def found(self) -> None:
         """Wait until the server answers."""
@@ -122,7 +140,7 @@ class Link:
             self._seeker.cancel()
         self._up.clear()
         self._fail_all("it is closed")
-        await self._client.aclose()
+        await self._line.close()
 
     async def _send(self) -> None:
         try:
@@ -138,22 +156,23 @@ class Link:
 
     async def _send_together(self, calls: list[_Call]) -> None:
         try:
-            pipeline = self._client.pipeline(transaction=False)
-            for script, arguments, _ in calls:
-                pipeline.execute_command("EVALSHA", self._hashes[script], 1, PREFIX, *arguments)
-            answers = await pipeline.execute(raise_on_error=False)
+            commands = [
+                ("EVALSHA", self._hashes[script], 1, PREFIX, *arguments) for script, arguments, _ in calls
+            ]
+            answers = await self._line.send(commands)
             if any(isinstance(answer, NoScriptError) for answer in answers):
                 await self._load()
                 answers = [
-                    await self._client.evalsha(self._hashes[script], 1, PREFIX, *arguments)
-                    if isinstance(answer, NoScriptError)
-                    else answer
-                    for (script, arguments, _), answer in zip(calls, answers, strict=True)
+                    (await self._line.send([command]))[0] if isinstance(answer, NoScriptError) else answer
+                    for command, answer in zip(commands, answers, strict=True)
                 ]
         except (TimeoutError, RedisError, OSError) as error:
-            self._lose(_said(error))
-            self._seek()
             answers = [error] * len(calls)
+            self._lose(error)
+        else:
+            for answer in answers:  # it is a replica now
+                if isinstance(answer, ReadOnlyError):
+                    self._lose(answer)
         for (script, _, future), answer in zip(calls, answers, strict=True):
             if future.done():
                 continue
@@ -173,11 +192,12 @@ class Link:
             log.error("queue refused a call", extra=fields(script=script, reason=str(error)))
         return Unavailable(f"The queue at {self.shown} failed: {_said(error)}.", retry_after=1)
 
-    def _lose(self, fault: str) -> None:
+    def _lose(self, error: Exception) -> None:
         if self._up.is_set():
             self._up.clear()
-            log.error("queue lost", extra=fields(queue=self.shown, reason=fault))
-        self._fail_all(fault)
+            log.error("queue lost", extra=fields(queue=self.shown, reason=_said(error)))
+        self._fail_all(_said(error))
+        self._seek()
 
     def _fail_all(self, fault: str) -> None:
         self._fault = fault
@@ -207,10 +227,11 @@ class Link:
                 return
 
     async def _load(self) -> None:
-        pipeline = self._client.pipeline(transaction=False)
-        for text in self._scripts.values():
-            pipeline.execute_command("SCRIPT LOAD", text)
-        await pipeline.execute()
+        commands: list[tuple[Any, ...]] = [("SCRIPT", "LOAD", text) for text in self._scripts.values()]
+        commands.append(("EVALSHA", self._hashes["cancel"], 1, PREFIX))  # it can be written, too
+        for answer in await self._line.send(commands):
+            if isinstance(answer, ResponseError):
+                raise answer
 
 
 def _said(error: Exception) -> str:

@@ -8,8 +8,9 @@ end
 
 -- Have a stream, and its group.
 local function make(stream)
-  if redis.call('SADD', p .. 'streams', stream) == 1 then
-    redis.pcall('XGROUP', 'CREATE', p .. stream, 'workers', '0', 'MKSTREAM')
+  if redis.call('EXISTS', p .. stream) == 0 then
+    redis.call('XGROUP', 'CREATE', p .. stream, 'workers', '0', 'MKSTREAM')
+    redis.call('SADD', p .. 'streams', stream)
   end
 end
 
@@ -37,7 +38,9 @@ end
 
 -- Tell the API process that waits for a chunk, if it is still there; it takes the stream along when it goes.
 local function reply(api, id, word, value)
-  if redis.call('EXISTS', p .. 'api:' .. api) == 1 then
+  local left = redis.call('PTTL', p .. 'api:' .. api)
+  if left > 0 then
     redis.call('XADD', p .. 'reply:' .. api, '*', 'id', id, word, value)
+    redis.call('PEXPIRE', p .. 'reply:' .. api, left)
   end
 end

@@ -33,7 +33,9 @@ end
 for i = 5 + 3 * read, #ARGV do
   local stream = ARGV[i]
   local class = string.find(stream, '^bulk:') and 'bulk' or 'interactive'
-  while room[class] > 0 do
+  local most = stream == 'alone' and 1 - read or 1000  -- one last attempt; no script may run for long
+  while room[class] > 0 and most > 0 do
+    most = most - 1
     local found = redis.pcall('XREADGROUP', 'GROUP', 'workers', worker, 'COUNT', 1, 'STREAMS', p .. stream, '>')
     if not found or found.err then break end
     local entry = found[1][2][1]
