@@ -19,11 +19,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import msgspec
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import ResponseError
 
 from pushforward.broker.base import ATTEMPTS
 from pushforward.broker.local import LocalBroker
-from pushforward.broker.redis.link import PREFIX, Link, endlessly
+from pushforward.broker.redis.link import FAULTS, PREFIX, Link, endlessly
 from pushforward.broker.redis.words import Announcement, encode_announcement
 from pushforward.errors import DeadlineExceeded, PushforwardError, Unavailable
 from pushforward.logs import fields
@@ -188,7 +188,7 @@ class Puller:
                 raise Unavailable(str(error)) from None
             await self._link.call("make", *streams)
             return []
-        except (TimeoutError, RedisError, OSError):
+        except FAULTS:
             raise Unavailable("The queue is lost.") from None
         return [
             part
@@ -317,7 +317,7 @@ class Puller:
                     async for message in channel.listen():
                         if message["type"] == "message":
                             self._drop(message["data"].decode())
-            except (TimeoutError, RedisError, OSError):
+            except FAULTS:
                 await asyncio.sleep(_RETRY_S)
 
 

@@ -17,10 +17,9 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import msgspec
-from redis.exceptions import RedisError
 
 from pushforward.broker.base import full, merge_models
-from pushforward.broker.redis.link import PREFIX, Link, endlessly
+from pushforward.broker.redis.link import FAULTS, PREFIX, Link, endlessly
 from pushforward.broker.redis.words import Announcement, decode_announcement
 from pushforward.errors import PushforwardError, Unavailable, from_code
 from pushforward.logs import fields
@@ -207,7 +206,7 @@ class RedisBroker:
                 pipeline.xdel(stream, *read)
                 pipeline.xread({stream: "0"}, 1000, round(1000 * _WAIT_S))
                 _, streams = await pipeline.execute()
-            except (TimeoutError, RedisError, OSError):
+            except FAULTS:
                 await asyncio.sleep(_TELL_S)
                 continue
             read = [b"0-1"]  # no entry has this number

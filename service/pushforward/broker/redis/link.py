@@ -26,11 +26,13 @@ from pushforward.connections import connect, shown
 from pushforward.errors import Unavailable
 from pushforward.logs import fields
 
-__all__ = ["PREFIX", "Link", "endlessly", "scripts"]
+__all__ = ["FAULTS", "PREFIX", "Link", "endlessly", "scripts"]
 
 log = logging.getLogger(__name__)
 
 PREFIX = "{pushforward}:"
+# How a connection fails: writing to one that has just been closed is a RuntimeError to uvloop.
+FAULTS = (TimeoutError, RedisError, OSError, RuntimeError)
 _ANSWER_S = 2.0  # a server that does not answer for so long is taken for lost
 _RETRY_S = 0.2  # between two attempts to find it again
 _TOGETHER = 256  # calls that are sent at once …
@@ -103,7 +105,7 @@ class Link:
             protocol=2,
             # A connection that was cut is made again at once.  Scripts may be sent twice: at worst, chunks
             # that were taken wait until their lease has run out.
-            retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
+            retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError, RuntimeError)),
             socket_timeout=wait_s + _ANSWER_S,
             socket_connect_timeout=_ANSWER_S,
         )
@@ -163,7 +165,7 @@ class Link:
                     else answer
                     for (script, arguments, _), answer in zip(calls, answers, strict=True)
                 ]
-        except (TimeoutError, RedisError, OSError) as error:
+        except FAULTS as error:
             answers = [error] * len(calls)
             self._lose(error)
         else:
@@ -211,7 +213,7 @@ class Link:
         while True:
             try:
                 await self._load()
-            except (TimeoutError, RedisError, OSError) as error:
+            except FAULTS as error:
                 fault = _said(error)
                 if fault != self._fault:
                     log.warning("queue not found", extra=fields(queue=self.shown, reason=fault))
