@@ -23,7 +23,7 @@ from redis.exceptions import ResponseError
 
 from pushforward.broker.base import ATTEMPTS
 from pushforward.broker.local import LocalBroker
-from pushforward.broker.redis.link import FAULTS, PREFIX, Link, endlessly
+from pushforward.broker.redis.link import FAULTS, PREFIX, Link, cancelled, endlessly
 from pushforward.broker.redis.words import Announcement, encode_announcement
 from pushforward.errors import DeadlineExceeded, PushforwardError, Unavailable
 from pushforward.logs import fields
@@ -101,7 +101,7 @@ class Puller:
         self._draining = True
         end = time.monotonic() + patience_s
         pulling, *others = self._tasks
-        await _cancelled(pulling)  # with chunks, perhaps, that it will never hear of
+        await cancelled(pulling)  # with chunks, perhaps, that it will never hear of
         with contextlib.suppress(Unavailable):
             if self._held:
                 await self._link.call("release", self.id, *self._held)
@@ -113,7 +113,7 @@ class Puller:
             except TimeoutError:
                 break
         rest = [held.task for held in self._held.values() if held.task is not None]
-        await _cancelled(*others, *rest)
+        await cancelled(*others, *rest)
         try:
             await self._link.call("release", self.id)
         except Unavailable:  # their leases run out
@@ -319,9 +319,3 @@ class Puller:
                             self._drop(message["data"].decode())
             except FAULTS:
                 await asyncio.sleep(_RETRY_S)
-
-
-async def _cancelled(*tasks: asyncio.Task[None]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

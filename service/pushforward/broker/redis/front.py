@@ -19,7 +19,7 @@ from typing import Any, Protocol
 import msgspec
 
 from pushforward.broker.base import full, merge_models
-from pushforward.broker.redis.link import FAULTS, PREFIX, Link, endlessly
+from pushforward.broker.redis.link import FAULTS, PREFIX, Link, cancelled, endlessly
 from pushforward.broker.redis.words import Announcement, decode_announcement
 from pushforward.errors import PushforwardError, Unavailable, from_code
 from pushforward.logs import fields
@@ -161,9 +161,7 @@ class RedisBroker:
             chunk.fail(Unavailable("The server is shutting down."))
         await asyncio.sleep(0)  # for those who wait to take them off
         await asyncio.gather(*self._calls)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await cancelled(*self._tasks)
         await self._link.close()
         await self._replies.aclose()
 

@@ -26,7 +26,7 @@ from pushforward.connections import connect, shown
 from pushforward.errors import Unavailable
 from pushforward.logs import fields
 
-__all__ = ["FAULTS", "PREFIX", "Link", "endlessly", "scripts"]
+__all__ = ["FAULTS", "PREFIX", "Link", "cancelled", "endlessly", "scripts"]
 
 log = logging.getLogger(__name__)
 
@@ -62,6 +62,14 @@ async def endlessly(work: Callable[[], Awaitable[None]]) -> None:
         except Exception:
             log.exception("queue work failed")
             await asyncio.sleep(_RETRY_S)
+
+
+async def cancelled(*tasks: asyncio.Task[None]) -> None:
+    """Cancel tasks until they have ended: ``asyncio.wait_for`` of Python 3.11 may swallow a cancellation."""
+    while waiting := [task for task in tasks if not task.done()]:
+        for task in waiting:
+            task.cancel()
+        await asyncio.wait(waiting, timeout=0.1)
 
 
 class Link:
@@ -105,7 +113,7 @@ class Link:
             protocol=2,
             # A connection that was cut is made again at once.  Scripts may be sent twice: at worst, chunks
             # that were taken wait until their lease has run out.
-            retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError, RuntimeError)),
+            retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError, RuntimeError)),  # type: ignore[arg-type]
             socket_timeout=wait_s + _ANSWER_S,
             socket_connect_timeout=_ANSWER_S,
         )
@@ -134,7 +142,7 @@ class Link:
         if self._sender is not None:
             await asyncio.wait([self._sender], timeout=_ANSWER_S)
         if self._seeker is not None:
-            self._seeker.cancel()
+            await cancelled(self._seeker)
         self._up.clear()
         self._fail_all("it is closed")
         await self._client.aclose()
