@@ -68,7 +68,7 @@ async def answer(url: str, rows: int) -> None:
 class _Holdings:
     """What is held: rows of chunks that are out."""
 
-    max_rows = max_bytes = 1 << 40
+    max_rows, max_bytes = 400_000, 1 << 30
 
     def __init__(self) -> None:
         self.rows = self.nbytes = 0
