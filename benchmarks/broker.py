@@ -28,7 +28,7 @@ from networks import load as load_network
 from render import table
 
 DIM, TOLERANCE = serving.DIM, serving.TOLERANCE
-PAYLOADS = ((1, 64), (16, 64), (256, 16))  # rows of a chunk, chunks outstanding
+PAYLOADS = ((1, 1), (1, 64), (16, 64), (256, 16))  # rows of a chunk, chunks outstanding
 WAKE_S = 1.0  # until a stopped process has noticed how late it is
 
 
@@ -172,7 +172,7 @@ def by_itself(rounds: int, duration: float) -> list[dict[str, object]]:
     url = f"redis://127.0.0.1:{queue.port}"
     command = [sys.executable, ends.__file__]
     end = serving.Service("the answering end", queue.port, [*command, "answer", url])
-    runs: dict[int, list[dict[str, float]]] = {rows: [] for rows, _ in PAYLOADS}
+    runs: dict[tuple[int, int], list[dict[str, float]]] = {payload: [] for payload in PAYLOADS}
     try:
         queue.start()
         end.start()
@@ -188,14 +188,16 @@ def by_itself(rounds: int, duration: float) -> list[dict[str, object]]:
                 )
                 run = json.loads(done.stdout)
                 each = {name: 1e6 * seconds / run["chunks"] for name, seconds in run["cpu"].items()}
-                runs[rows].append({"chunks/s": run["chunks"] / run["seconds"], **each})
+                figures = {"p50": 1e3 * run["p50"], "chunks/s": run["chunks"] / run["seconds"]}
+                runs[rows, outstanding].append(figures | each)
     finally:
         for service in (end, queue):
             service.stop()
     lines: list[dict[str, object]] = []
-    for rows, _ in PAYLOADS:
-        figures = {key: float(np.median([run[key] for run in runs[rows]])) for key in runs[rows][0]}
-        line: dict[str, object] = {"rows of a chunk": rows, "chunks/s here": figures["chunks/s"]}
+    for (rows, outstanding), found in runs.items():
+        figures = {key: float(np.median([run[key] for run in found])) for key in found[0]}
+        line: dict[str, object] = {"rows of a chunk": rows, "outstanding": outstanding}
+        line |= {"p50 ms": figures["p50"], "chunks/s here": figures["chunks/s"]}
         line |= {f"µs, {name}": figures[name] for name in ("asks", "answers", "Valkey")}
         line["chunks/s of Valkey's core"] = 1e6 / figures["Valkey"]
         line["rows/s of Valkey's core"] = rows * 1e6 / figures["Valkey"]
@@ -208,7 +210,7 @@ def main() -> None:
     quick = measure.arguments(__doc__).quick
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # so that the services end with this process
     rows = over_http(*(1, 1.0) if quick else (6, 4.0))
-    capacity = by_itself(*(1, 1.0) if quick else (3, 4.0))
+    capacity = by_itself(*(1, 1.0) if quick else (3, 3.0))
     of_one = next(row["32 × 16 rows/s"] for row in rows if row["workers"] == "queue, 1 worker")
     assert isinstance(of_one, float)
     for line in capacity:

@@ -2,8 +2,8 @@
 
 Run as a program it is one of them: ``ends.py answer URL`` answers every chunk at once until it is told to
 end; ``ends.py ask`` reads {url, rows, dim, outstanding, duration, processes} on standard input, keeps so many
-chunks outstanding, and writes {chunks, seconds, cpu}: the processor seconds of itself and of the
-``processes`` ({name: [pid …]}) in that time.
+chunks outstanding, and writes {chunks, seconds, p5, p50, cpu}: quantiles of a chunk's seconds, and the
+processor seconds of itself and of the ``processes`` ({name: [pid …]}) in that time.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ async def answer(url: str, rows: int) -> None:
 class _Holdings:
     """What is held: rows of chunks that are out."""
 
-    max_rows = max_bytes = 1 << 40
+    max_rows, max_bytes = 400_000, 1 << 30
 
     def __init__(self) -> None:
         self.rows = self.nbytes = 0
@@ -100,20 +100,20 @@ async def ask(
         logp_atol=1e-4,
         max_steps=1000,
     )
-    done, running = 0, True
+    times: list[float] = []
+    running = True
 
     async def one_client(number: int) -> None:
-        nonlocal done
         own = 0
         while running:
-            own += 1
+            own, start = own + 1, time.perf_counter()
             holdings.rows, holdings.nbytes = holdings.rows + rows, holdings.nbytes + 8 * rows * dim
             await broker.admit(rows, 8 * rows * dim)
             work = msgspec.structs.replace(chunk, id=f"{number}-{own}/0", deadline=time.time() + 30)
             result = await broker.submit(work)
             assert len(result.status) == rows
             holdings.rows, holdings.nbytes = holdings.rows - rows, holdings.nbytes - 8 * rows * dim
-            done += 1
+            times.append(time.perf_counter() - start)
 
     def used() -> dict[str, float]:
         others = {name: sum(map(cpu_seconds, pids)) for name, pids in processes.items()}
@@ -121,14 +121,15 @@ async def ask(
 
     clients = [asyncio.create_task(one_client(number)) for number in range(outstanding)]
     await asyncio.sleep(_WARM_S)
-    cpu, chunks, start = used(), done, time.perf_counter()
+    cpu, before, start = used(), len(times), time.perf_counter()
     await asyncio.sleep(duration)
     cpu = {name: seconds - cpu[name] for name, seconds in used().items()}
-    chunks, elapsed = done - chunks, time.perf_counter() - start
+    elapsed, measured = time.perf_counter() - start, times[before:]
     running = False
     await asyncio.gather(*clients)
     await broker.close()
-    return {"chunks": chunks, "seconds": elapsed, "cpu": cpu}
+    p5, p50 = map(float, np.quantile(measured, [0.05, 0.5]))
+    return {"chunks": len(measured), "seconds": elapsed, "p5": p5, "p50": p50, "cpu": cpu}
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ import random
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from typing import Any
 import httpx
 import pytest
 from tests.redis_server import queue
-from tests.server import PATIENCE_S, Server, Start
+from tests.server import PATIENCE_S, Server, Start, until
 
 from pushforward.api.answers import Problem
 from pushforward.keys import Key, new_key, open_keys
@@ -218,11 +217,11 @@ def test_orders_leave_a_line_that_says_who_gave_them(
 
 def test_a_quota_is_a_429_that_says_which_how_much_and_when(door: httpx.Client, place: str) -> None:
     slow, fast = key(place, rows_per_second=0.5, burst_rows=3), key(place, rows_in_flight=2)
-    time.sleep(1.2)
 
     def ask(token: str, rows: int) -> httpx.Response:
         return door.post(f"{MOONS}/log_density", json={"x": ROW["x"] * rows}, headers=bearer(token))
 
+    assert until(lambda: ask(fast[1], 1).status_code == 200)  # the server has seen them
     assert ask(slow[1], 3).status_code == 200
     answer = ask(slow[1], 2)
     told = answer.json()
@@ -259,16 +258,14 @@ def test_a_key_is_taken_and_refused_everywhere_within_a_second(
             return [httpx.get(f"{one.url}/v1/models", headers=bearer(token)).status_code for one in servers]
 
         assert statuses(first) == [200, 200]
+        # A second on a machine that is not busy: servers look every 0.4 s.
         second, token = key(place)
-        time.sleep(1)
-        assert statuses(token) == [200, 200]
+        assert until(lambda: statuses(token) == [200, 200])
         change(place, "remove", second.id)
-        time.sleep(1)
-        assert statuses(token) == [401, 401]
+        assert until(lambda: statuses(token) == [401, 401])
         assert statuses(first) == [200, 200]
         command("revoke", first)  # a whole key is understood as well
-        time.sleep(1)
-        assert statuses(first) == [401, 401]
+        assert until(lambda: statuses(first) == [401, 401])
         for one in servers:
             assert one.stop() == 0
             assert first not in str(one.log)

@@ -14,13 +14,14 @@ import secrets
 import socket
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import ResponseError
 
 from pushforward.broker.base import full, merge_models
-from pushforward.broker.redis.link import PREFIX, Link, endlessly
+from pushforward.broker.redis.link import FAULTS, PREFIX, Link, cancelled, endlessly
 from pushforward.broker.redis.words import Announcement, decode_announcement
 from pushforward.errors import PushforwardError, Unavailable, from_code
 from pushforward.logs import fields
@@ -38,6 +39,7 @@ _AUDIT_S = 1.0  # between two signs of life, and looks for chunks that are no lo
 _GRACE_S = 0.5  # after a deadline, for the worker's own account of it to arrive
 _KEEP_S = 60.0  # beyond its deadline, a chunk that was forgotten
 _TOGETHER = 1000  # ids that one call audits
+_SPARE = 256  # the part of the limits that a process has in hand, so as not to ask for every request
 
 
 class Holdings(Protocol):
@@ -75,6 +77,7 @@ class RedisBroker:
         self._replies = self._link.line()
         self._holdings = holdings
         self._told: tuple[int, int] | None = None
+        self._granted = _Grant(0, 0, 0.0)
         self._waiting: dict[str, _Chunk] = {}
         self._workers: list[Announcement] = []
         self._read: frozenset[str] = frozenset()
@@ -104,10 +107,13 @@ class RedisBroker:
 
     async def admit(self, rows: int, nbytes: int) -> None:
         """See ``Broker.admit``: these are the queue's limits, over all processes that ask."""
-        granted, *of_all = await self._tell(rows, nbytes)
+        own = self._holdings
+        if self._link.unavailable is None and self._granted.covers(own.rows, own.nbytes):
+            return
+        granted, *of_all = await self._reserve(own.rows - rows, own.nbytes - nbytes, rows, nbytes)
         if granted:
             return
-        limits = self._holdings.max_rows, self._holdings.max_bytes
+        limits = own.max_rows, own.max_bytes
         for reason, asked, held, limit, rate in zip(
             ("rows", "bytes"), (rows, nbytes), of_all[:2], limits, map(float, of_all[2:]), strict=True
         ):
@@ -162,9 +168,7 @@ class RedisBroker:
             chunk.fail(Unavailable("The server is shutting down."))
         await asyncio.sleep(0)  # for those who wait to take them off
         await asyncio.gather(*self._calls)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await cancelled(*self._tasks)
         await self._link.close()
         await self._replies.close()
 
@@ -209,7 +213,7 @@ class RedisBroker:
                 for answer in (forgot, found):
                     if isinstance(answer, ResponseError):
                         raise answer
-            except (TimeoutError, RedisError, OSError):
+            except FAULTS:
                 await asyncio.sleep(_TELL_S)
                 continue
             read = [b"0-1"]  # no entry has this number
@@ -270,14 +274,34 @@ class RedisBroker:
 
     # ------------------------------------------------------------------------------ what is held, and who is
 
-    async def _tell(self, rows: int = 0, nbytes: int = 0) -> Any:
-        """Say what this process holds, of which so much has yet to be granted."""
+    async def _tell(self) -> None:
+        """Say what this process holds, and have some more in hand while there is plenty."""
         own = self._holdings
-        before = own.rows - rows, own.nbytes - nbytes
+        await self._reserve(own.rows, own.nbytes, own.max_rows // _SPARE, own.max_bytes // _SPARE)
+
+    async def _reserve(self, rows: int, nbytes: int, more_rows: int, more_bytes: int) -> Any:
+        """Say what this process has been granted, and have more granted if there is room."""
+        own = self._holdings
         holds = own.rows, own.nbytes
+        alive = time.monotonic() + _LIFE_MS / 2000
+        # Until the answer is here, no more than what the server counts in any case.
+        before = self._granted
+        mine = self._granted = _Grant(min(before.rows, rows), min(before.nbytes, nbytes), before.until)
         answer = await self._link.call(
-            "reserve", self.id, *before, rows, nbytes, own.max_rows, own.max_bytes, *own.rates(), _LIFE_MS
+            "reserve",
+            self.id,
+            rows,
+            nbytes,
+            more_rows,
+            more_bytes,
+            own.max_rows,
+            own.max_bytes,
+            *own.rates(),
+            _LIFE_MS,
         )
+        if self._granted is mine:  # nothing was said since
+            more = answer[0]
+            self._granted = _Grant(rows + more * more_rows, nbytes + more * more_bytes, alive)
         self._told = holds
         self.rows, self.nbytes = answer[1:3]
         return answer
@@ -330,6 +354,19 @@ class RedisBroker:
         task = asyncio.create_task(call())
         self._calls.add(task)
         task.add_done_callback(self._calls.discard)
+
+
+@dataclass(frozen=True, eq=False)
+class _Grant:
+    """What the server counts as held by this process, and until when it does so for sure."""
+
+    rows: int
+    nbytes: int
+    until: float
+
+    def covers(self, rows: int, nbytes: int) -> bool:
+        """Whether so much may be held without asking."""
+        return rows <= self.rows and nbytes <= self.nbytes and time.monotonic() < self.until
 
 
 class _Chunk:
