@@ -25,6 +25,7 @@ hypothesis.settings.load_profile("project")
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Faults in ``tests/e2e`` are repeated at random moments: by default, a few times."""
     parser.addoption("--rounds", type=int, default=2, help="how often to repeat each fault (default: 2)")
+    parser.addoption("--rate", type=float, default=40, help="requests a second meanwhile (default: 40)")
 
 
 def pytest_configure(config: pytest.Config) -> None:

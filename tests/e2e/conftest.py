@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 from tests.e2e.bank import Bank, copy_models, version_of
+from tests.e2e.traffic import Traffic
 from tests.server import Server, servers
 
 
@@ -12,6 +13,12 @@ from tests.server import Server, servers
 def rounds(request: pytest.FixtureRequest) -> int:
     """How often a fault is repeated at other moments."""
     return int(request.config.getoption("--rounds"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def rate(request: pytest.FixtureRequest) -> None:
+    """Requests a second, of traffic that does not say."""
+    Traffic.default_rate = float(request.config.getoption("--rate"))
 
 
 @pytest.fixture(scope="session")

@@ -134,7 +134,7 @@ class Traffic:
     Args:
         url: of the server; or of several, of which each request goes to one, and which may change.
         bank: what to send, and the answers.
-        rate: requests a second.
+        rate: requests a second; ``default_rate`` unless given.
         hang_up: share of the requests whose client closes the connection on the way; those are large ones.
         bulk: share of the requests that are sent with priority "bulk".
         only: which of the bank's requests to send; all of them unless given.
@@ -143,12 +143,14 @@ class Traffic:
         seed: of the choices; the moments depend on the machine too.
     """
 
+    default_rate = 40.0
+
     def __init__(
         self,
         url: str | Sequence[str],
         bank: Bank,
         *,
-        rate: float = 40.0,
+        rate: float | None = None,
         hang_up: float = 0.0,
         bulk: float = 0.0,
         only: Sequence[Template] | None = None,
@@ -156,7 +158,8 @@ class Traffic:
         seed: int = 0,
     ) -> None:
         self._urls = [url] if isinstance(url, str) else url
-        self._rate, self._hang_up, self._bulk, self._most = rate, hang_up, bulk, most
+        self._rate = self.default_rate if rate is None else rate
+        self._hang_up, self._bulk, self._most = hang_up, bulk, most
         self._templates = bank.templates if only is None else only
         self._heavy = bank.heavy
         self._draw = random.Random(seed)
