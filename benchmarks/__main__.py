@@ -8,7 +8,7 @@ import time
 
 import measure
 
-SCRIPTS = ("step", "solve", "adjoint", "serving", "company")
+SCRIPTS = ("step", "solve", "adjoint", "serving", "company", "broker")
 
 
 def main() -> None:

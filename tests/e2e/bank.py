@@ -43,6 +43,11 @@ class Template:
     poison: frozenset[Status] = frozenset()
     answers: dict[int, dict[str, Any]] = field(default_factory=dict)
 
+    @property
+    def rows(self) -> int:
+        """How many rows it has solved."""
+        return int(self.body["n"]) if "n" in self.body else len(self.body.get("x") or self.body["z"])
+
     def right(self, answer: Mapping[str, Any]) -> bool:
         """Whether an answer of the server is, to the bit, the one of the version that it names."""
         expected = self.answers[answer["version"]]

@@ -16,7 +16,6 @@ import secrets
 import socket
 import time
 from dataclasses import dataclass
-from typing import Any
 
 import msgspec
 from redis.exceptions import ResponseError
@@ -64,7 +63,7 @@ class Puller:
     ) -> None:
         self.id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         self._link = Link(url)
-        self._reader = self._link.client(_WAIT_S)
+        self._reader = self._link.line()
         self._listener = self._link.client(3600.0)
         self._local = local
         self._rows = rows
@@ -119,7 +118,7 @@ class Puller:
         except Unavailable:  # their leases run out
             log.warning("chunks not handed back", extra=fields(chunks=len(rest)))
         await self._link.close()
-        await self._reader.aclose()
+        await self._reader.close()
         await self._listener.aclose()
 
     # ------------------------------------------------------------------------------ pulling
@@ -175,26 +174,24 @@ class Puller:
 
     async def _wait_for(self, streams: list[str]) -> list[str | bytes]:
         """Wait until one of the streams has a chunk; what was read, as (stream, entry, id) in one list."""
+        names = [f"{PREFIX}{stream}" for stream in streams]
+        group = "GROUP", "workers", self.id
+        wait = "COUNT", 1, "BLOCK", round(1000 * _WAIT_S)
+        command = "XREADGROUP", *group, *wait, "STREAMS", *names, *[">"] * len(names)
         try:
-            found: Any = await self._reader.xreadgroup(
-                "workers",
-                self.id,
-                {f"{PREFIX}{stream}": ">" for stream in streams},
-                count=1,
-                block=round(1000 * _WAIT_S),
-            )
-        except ResponseError as error:
-            if not str(error).startswith("NOGROUP"):
-                raise Unavailable(str(error)) from None
-            await self._link.call("make", *streams)
-            return []
+            (found,) = await self._reader.send([command], _WAIT_S)
         except FAULTS:
             raise Unavailable("The queue is lost.") from None
+        if isinstance(found, ResponseError):
+            if not str(found).startswith("NOGROUP"):
+                raise Unavailable(str(found))
+            await self._link.call("make", *streams)
+            return []
         return [
             part
-            for stream, entries in found
-            for entry, told in entries
-            for part in (stream.decode().removeprefix(PREFIX), entry, told[b"id"])
+            for stream, entries in found or ()
+            for entry, (_, id) in entries
+            for part in (stream.decode().removeprefix(PREFIX), entry, id)
         ]
 
     def _begin(self, id: str, fence: int, left_ms: str, body: bytes) -> None:

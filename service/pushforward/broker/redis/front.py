@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from typing import Any, Protocol
 
 import msgspec
+from redis.exceptions import ResponseError
 
 from pushforward.broker.base import full, merge_models
 from pushforward.broker.redis.link import FAULTS, PREFIX, Link, cancelled, endlessly
@@ -71,7 +72,7 @@ class RedisBroker:
     def __init__(self, url: str, holdings: Holdings) -> None:
         self.id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         self._link = Link(url)
-        self._replies = self._link.client(_WAIT_S)
+        self._replies = self._link.line()
         self._holdings = holdings
         self._told: tuple[int, int] | None = None
         self._waiting: dict[str, _Chunk] = {}
@@ -163,7 +164,7 @@ class RedisBroker:
         await asyncio.gather(*self._calls)
         await cancelled(*self._tasks)
         await self._link.close()
-        await self._replies.aclose()
+        await self._replies.close()
 
     # ------------------------------------------------------------------------------ chunks out, answers in
 
@@ -200,18 +201,20 @@ class RedisBroker:
         while True:
             await self._link.found()
             try:
-                pipeline = self._replies.pipeline(transaction=False)
-                pipeline.xdel(stream, *read)
-                pipeline.xread({stream: "0"}, 1000, round(1000 * _WAIT_S))
-                _, streams = await pipeline.execute()
+                forget = "XDEL", stream, *read
+                wait = "XREAD", "COUNT", 1000, "BLOCK", round(1000 * _WAIT_S), "STREAMS", stream, "0"
+                forgot, found = await self._replies.send([forget, wait], _WAIT_S)
+                for answer in (forgot, found):
+                    if isinstance(answer, ResponseError):
+                        raise answer
             except FAULTS:
                 await asyncio.sleep(_TELL_S)
                 continue
             read = [b"0-1"]  # no entry has this number
-            for _, entries in streams:
+            for _, entries in found or ():
                 for entry, told in entries:
                     read.append(entry)
-                    self._hear(told)
+                    self._hear(dict(zip(told[::2], told[1::2], strict=True)))
 
     def _hear(self, told: Mapping[bytes, bytes]) -> None:
         chunk = self._waiting.get(told[b"id"].decode())

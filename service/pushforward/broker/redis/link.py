@@ -22,6 +22,7 @@ from redis.exceptions import (
     ResponseError,
 )
 
+from pushforward.broker.redis.line import Line
 from pushforward.connections import connect, shown
 from pushforward.errors import Unavailable
 from pushforward.logs import fields
@@ -89,7 +90,7 @@ class Link:
         self._url = url
         self._scripts = scripts()
         self._hashes = {name: hashlib.sha1(text.encode()).hexdigest() for name, text in self._scripts.items()}
-        self._client = self.client(0.0)
+        self._line = self.line()
         self._calls: deque[_Call] = deque()
         self._sender: asyncio.Task[None] | None = None
         self._seeker: asyncio.Task[None] | None = None
@@ -118,6 +119,10 @@ class Link:
             socket_connect_timeout=_ANSWER_S,
         )
 
+    def line(self) -> Line:
+        """Another connection, for commands that go out together; close it with ``close``."""
+        return Line(self.client(0.0), _ANSWER_S)
+
     async def found(self) -> None:
         """Wait until the server answers."""
         await self._up.wait()
@@ -145,7 +150,7 @@ class Link:
             await cancelled(self._seeker)
         self._up.clear()
         self._fail_all("it is closed")
-        await self._client.aclose()
+        await self._line.close()
 
     async def _send(self) -> None:
         try:
@@ -161,24 +166,22 @@ class Link:
 
     async def _send_together(self, calls: list[_Call]) -> None:
         try:
-            pipeline = self._client.pipeline(transaction=False)
-            for script, arguments, _ in calls:
-                pipeline.execute_command("EVALSHA", self._hashes[script], 1, PREFIX, *arguments)
-            answers = await pipeline.execute(raise_on_error=False)
+            commands = [
+                ("EVALSHA", self._hashes[script], 1, PREFIX, *arguments) for script, arguments, _ in calls
+            ]
+            answers = await self._line.send(commands)
             if any(isinstance(answer, NoScriptError) for answer in answers):
                 await self._load()
                 answers = [
-                    await self._client.evalsha(self._hashes[script], 1, PREFIX, *arguments)
-                    if isinstance(answer, NoScriptError)
-                    else answer
-                    for (script, arguments, _), answer in zip(calls, answers, strict=True)
+                    (await self._line.send([command]))[0] if isinstance(answer, NoScriptError) else answer
+                    for command, answer in zip(commands, answers, strict=True)
                 ]
         except FAULTS as error:
             answers = [error] * len(calls)
             self._lose(error)
         else:
-            for answer in answers:  # one that is loading, or a replica now
-                if isinstance(answer, redis.ConnectionError | ReadOnlyError):
+            for answer in answers:  # it is a replica now
+                if isinstance(answer, ReadOnlyError):
                     self._lose(answer)
         for (script, _, future), answer in zip(calls, answers, strict=True):
             if future.done():
@@ -234,11 +237,11 @@ class Link:
                 return
 
     async def _load(self) -> None:
-        pipeline = self._client.pipeline(transaction=False)
-        for text in self._scripts.values():
-            pipeline.execute_command("SCRIPT LOAD", text)
-        pipeline.execute_command("EVALSHA", self._hashes["cancel"], 1, PREFIX)  # it can be written, too
-        await pipeline.execute()
+        commands: list[tuple[Any, ...]] = [("SCRIPT", "LOAD", text) for text in self._scripts.values()]
+        commands.append(("EVALSHA", self._hashes["cancel"], 1, PREFIX))  # it can be written, too
+        for answer in await self._line.send(commands):
+            if isinstance(answer, ResponseError):
+                raise answer
 
 
 def _said(error: Exception) -> str:
