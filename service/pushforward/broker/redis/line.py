@@ -26,8 +26,8 @@ class Line:
     """
 
     def __init__(self, client: redis.Redis, patience_s: float) -> None:
-        self._pool = client.connection_pool
-        self._connection: AbstractConnection = self._pool.make_connection()  # type: ignore[no-untyped-call]
+        self._client = client
+        self._connection: AbstractConnection = client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
         self._patience_s = patience_s
 
     async def send(self, commands: Sequence[tuple[Any, ...]], wait_s: float = 0.0) -> list[Any]:
@@ -38,7 +38,7 @@ class Line:
             wait_s: how long the server may take beyond its usual time.
 
         Raises:
-            TimeoutError, RedisError, OSError: when the server is lost; the next call seeks it again.
+            TimeoutError, RedisError, OSError, RuntimeError: when it is lost; the next call seeks it again.
         """
         packed = [hiredis.pack_command(command) for command in commands]
         return await self._connection.retry.call_with_retry(
@@ -49,6 +49,7 @@ class Line:
     async def close(self) -> None:
         """End the connection."""
         await self._connection.disconnect()
+        await self._client.aclose()
 
     async def _exchange(self, packed: list[bytes], patience_s: float) -> list[Any]:
         connection = self._connection
