@@ -8,7 +8,7 @@ PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --constraint
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test lint format models bench install install-dev install-bench clean
+.PHONY: help serve test lint format models bench deploy-lint deploy-check install install-dev install-deploy install-bench clean
 
 help:  ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; do \
@@ -36,9 +36,17 @@ models: install-dev  ## Train the bundled models again, into model_store
 bench: install-bench  ## Measure the speed beside other libraries
 	$(VENV)/bin/python benchmarks $(ARGS)
 
+deploy-lint: install-deploy  ## Check the images' recipe, Compose file, alert rules and manifests, without running them
+	deploy/lint $(VENV)/bin
+
+deploy-check: install  ## Build and start everything with Docker Compose, break it in every way, and take it down
+	$(VENV)/bin/python deploy/drills.py $(ARGS)
+
 install: $(VENV)/.serving  ## Set up .venv for serving (no torch)
 
 install-dev: $(VENV)/.development  ## Add training and development to .venv
+
+install-deploy: $(VENV)/.deployment  ## Add what deploy-lint runs to .venv
 
 install-bench: $(VENV)/.benchmarks  ## Add the libraries the benchmarks run beside
 
@@ -58,6 +66,10 @@ $(VENV)/.serving: pyproject.toml constraints.txt | $(VENV)/.created
 $(VENV)/.development: pyproject.toml constraints.txt | $(VENV)/.created
 	$(PIP) --editable '.[tables,train,dev]'
 	touch $(VENV)/.serving $@
+
+$(VENV)/.deployment: pyproject.toml constraints.txt | $(VENV)/.created
+	$(PIP) --editable '.[deploy]'
+	touch $@
 
 $(VENV)/.benchmarks: benchmarks/requirements.txt | $(VENV)/.development
 	$(PIP) --requirement benchmarks/requirements.txt

@@ -1,11 +1,12 @@
-"""Versions of a model whose step fails, or never ends, for rows that are far out."""
+"""Programs that go wrong: steps that fail or never end for rows that are far out, weights that rot."""
 
 import hashlib
 import json
 from pathlib import Path
 
+import numpy as np
 import onnx
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 FAR = 1e6  # in units of the transformed data
 
@@ -27,6 +28,36 @@ def poison(folder: Path, what: str) -> None:
         (folder / file).write_bytes(content)
         manifest["files"][file] = {"sha256": hashlib.sha256(content).hexdigest(), "bytes": len(content)}
     (folder / "manifest.json").write_text(json.dumps(manifest))
+
+
+def rot(pid: int, folder: Path) -> int:
+    """Turn the signs of a bias of the version in ``folder`` in the memory of a process that has loaded it.
+
+    Returns:
+        In how many places it was found.
+    """
+    graph = onnx.load(folder / "programs" / "step_density_float32.onnx").graph
+    vectors = [numpy_helper.to_array(each) for each in graph.initializer if len(each.dims) == 1]
+    bias = max((vector for vector in vectors if vector.dtype == np.float32), key=len)
+    found = 0
+    with open(f"/proc/{pid}/maps") as maps, open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
+        for line in maps:
+            addresses, access, *_ = line.split()
+            if not access.startswith("rw"):
+                continue
+            first, end = (int(address, 16) for address in addresses.split("-"))
+            try:
+                memory.seek(first)
+                content = memory.read(end - first)
+            except (OSError, OverflowError):  # pages of the kernel's own
+                continue
+            at = content.find(bias.tobytes())
+            while at >= 0:
+                memory.seek(first + at)
+                memory.write((-bias).tobytes())
+                found += 1
+                at = content.find(bias.tobytes(), at + bias.nbytes)
+    return found
 
 
 def _poison(graph: onnx.GraphProto, what: str) -> None:

@@ -3,6 +3,7 @@
 import json
 import os
 import queue
+import secrets
 import signal
 import subprocess
 import sys
@@ -50,6 +51,17 @@ class Server:
         (worker,) = self.workers()
         return worker
 
+    def memory(self) -> int:
+        """Bytes that the HTTP process has resident."""
+        return 4096 * int(Path(f"/proc/{self.process.pid}/statm").read_text().split()[1])
+
+    def keep_up(self) -> None:
+        """Wait until whatever was logged so far has been read."""
+        mark = secrets.token_hex(8)
+        with self.client() as client:
+            client.get("/health/live", headers={"x-request-id": mark})
+        assert until(lambda: any(line.get("request") == mark for line in self.log[-50:]))
+
     def client(self, **options: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=PATIENCE_S, **options)
 
@@ -77,7 +89,7 @@ Start = Callable[..., Server]
 
 
 @contextmanager
-def servers(store: Callable[[], Path]) -> Iterator[Start]:
+def servers(store: Callable[[], Path | str]) -> Iterator[Start]:
     """What starts servers or workers, of ``store()`` unless told otherwise; none is left over afterwards."""
     started: list[Server] = []
     readers: list[threading.Thread] = []

@@ -35,7 +35,7 @@ class Storm(RuleBasedStateMachine):
     @rule(body=st.integers(0, 300))
     def arrive(self, body: int) -> None:
         stack, admission = ExitStack(), self.admission
-        fits = admission.rows < admission.max_rows and admission.nbytes + body <= admission.max_bytes
+        fits = admission.nbytes + body <= admission.max_bytes
         try:
             self.requests.append((stack, [stack.enter_context(admission.admit(0, body))]))
             assert fits
@@ -143,11 +143,14 @@ def test_a_request_that_could_never_fit_is_told_so_and_not_to_come_back() -> Non
     assert not admission.refused
 
 
-def test_a_request_of_unknown_size_is_refused_when_there_is_no_room_for_a_row() -> None:
+def test_a_request_of_unknown_size_is_let_in_to_say_it_even_when_there_is_no_room_for_a_row() -> None:
     admission = Admission(10, 100)
-    with admission.admit(10, 0), pytest.raises(Unavailable) as full:
-        admission.admit(0, 1)
-    assert full.value.detail["reason"] == "rows"
+    with admission.admit(10, 0), admission.admit(0, 1) as body:
+        with pytest.raises(LimitExceeded):
+            admission.admit(11, 0, body)
+        with pytest.raises(Unavailable):
+            admission.admit(1, 0, body)
+    assert admission.refused == {"rows": 1}
 
 
 @pytest.mark.parametrize(

@@ -172,6 +172,24 @@ def test_a_conditional_model_is_sampled_with_its_context(store: Path) -> None:
         (["serve", "--store", "nowhere"], 1, "There is no model store at nowhere"),
         (["serve", "--port", "99999"], 2, "--port: the value 99999 is not allowed"),
         (["serve", "--host", "256.1.1.1"], 2, "Cannot listen on --host 256.1.1.1 --port 8000"),
+        (["serve", "--host", "0.0.0.0"], 2, "--host 0.0.0.0 can be reached from other machines"),
+        (["serve", "--host", "::"], 2, "serve with --keys FILE (PUSHFORWARD_KEYS), or say with --insecure"),
+        (["serve", "--keys", "nowhere.json"], 2, "There are no keys at nowhere.json: make the first with"),
+        (["serve", "--keys", "ftp://x"], 2, "ftp://x is no address of a Redis server"),
+        (
+            ["keys", "list"],
+            2,
+            "Say where the keys are kept: --keys FILE, --keys redis://… or PUSHFORWARD_KEYS",
+        ),
+        (["keys", "list", "--keys", "nowhere.json"], 2, "There are no keys at nowhere.json"),
+        (
+            ["keys", "create", "--keys", "k", "--scope", "root"],
+            2,
+            "the scopes are infer, jobs, metrics, admin",
+        ),
+        (["keys", "create", "--keys", "k", "--burst-rows", "5"], 2, "--rows-per-second may be saved up"),
+        (["keys", "create", "--keys", "/nowhere/k"], 1, "cannot be written: No such file or directory"),
+        (["keys", "create", "--keys", "redis://127.0.0.1:1"], 1, "redis://127.0.0.1:1 cannot be reached"),
         (["serve", "--lod", "start"], 2, "No such option"),
         (["bake"], 2, "No such command 'bake'"),
     ],
@@ -210,9 +228,53 @@ def test_models_are_listed_shown_verified_and_labelled(store: Path, tmp_path: Pa
     assert f"pair 2: pair/2/programs/{program.name} has" in done.stdout
 
 
+def test_more_connections_than_files_are_refused(checkout: Path) -> None:
+    command = f"ulimit -n 600; {sys.executable} -m pushforward.cli serve --port 0 --max-connections 100"
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=checkout, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2
+    assert "--max-connections 100 needs 612 open files, and this process may have 600" in done.stderr
+
+
+def test_keys_are_made_listed_and_revoked(tmp_path: Path) -> None:
+    place = {"PUSHFORWARD_KEYS": str(tmp_path / "keys.json")}
+    flags = ("--name", "a [b]", "--scope", "admin", "--scope", "infer", "--days", 30, "--rows-per-second", 5)
+    made = run("keys", "create", *flags, **place)
+    token = made.stdout.strip()
+    prefix, number, secret = token.split("_")
+    assert prefix == "pf"
+    listed = run("keys", "list", **place)
+    for text in (number, "a [b]", "infer, admin", "50"):
+        assert text in listed.stdout
+    assert run("keys", "revoke", number, **place).stdout == ""
+    assert number not in run("keys", "list", **place).stdout
+    again = run("keys", "revoke", number, status=1, **place)
+    assert f"There is no key with the id '{number}'" in again.stderr
+    printed = made.stderr + listed.stdout + listed.stderr + again.stderr
+    assert secret not in printed
+    audits = [line for line in (made.stderr + again.stderr).splitlines() if "event=audit" in line]
+    assert [line.rpartition("outcome=")[2] for line in audits] == ["done", "failed"]
+    assert all(f"key={number}" in line and f"uid={os.getuid()}" in line for line in audits)
+
+
+def test_commands_read_the_file_of_settings(store: Path, tmp_path: Path) -> None:
+    file = tmp_path / "settings.toml"
+    file.write_text(f'store = "{store}"\n')
+    listed = run("models", "--store", store).stdout
+    assert run("models", "--config", file).stdout == listed
+    assert run("models", "--config", file, "list").stdout == listed
+    assert run("models", "list", PUSHFORWARD_CONFIG=str(file)).stdout == listed
+    drawn = run("sample", "-m", "pair", "--seed", 1, "--config", file).stdout
+    assert drawn == run("sample", "-m", "pair", "--seed", 1, "--store", store).stdout
+    file.write_text("slosts = 3\n")
+    done = run("serve", "--config", file, status=2)
+    assert f"{file}: slosts is not a setting: did you mean slots?" in done.stderr.replace("\n", "")
+
+
 def test_help_names_every_command_and_every_setting() -> None:
     commands = run("--help").stdout
-    for command in ("serve", "train", "models", "score", "sample"):
+    for command in ("serve", "train", "models", "score", "sample", "keys"):
         assert command in commands
     assert run("--version").stdout.strip() == pushforward.__version__
     settings = run("serve", "--help").stdout

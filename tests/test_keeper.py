@@ -228,6 +228,25 @@ def test_what_is_dropped_is_unloaded_and_comes_back_when_asked_for(
     assert [event.state for event in until(keeper, *MOONS, "ready")] == ["loading", "ready"]
 
 
+def test_what_late_chunks_brought_back_goes_again_when_no_more_come(
+    root: Path, keep: Callable[..., Keeper], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keeper = keep()
+    started(keeper)
+    add(root, "moons", 2)
+    assert drops(keeper) == [MOONS]
+    keeper.want(*MOONS)
+    assert [event.state for event in until(keeper, *MOONS, "ready")][-1] == "ready"
+    time.sleep(0.5)  # some looks
+    assert keeper.dropping() == []
+    asked = keeper._asked[MOONS]
+    assert keeper.get(*MOONS) is not None
+    assert keeper._asked[MOONS] > asked
+    monkeypatch.setattr("pushforward.keeper._KEEP_S", 0.0)
+    assert drops(keeper) == [MOONS]
+    assert keeper.get("moons", 2) is not None
+
+
 @pytest.mark.parametrize("damage", ["programs/decode.onnx", "golden.safetensors", "manifest.json"])
 def test_a_broken_version_fails_with_its_reason_and_the_old_one_stays(
     root: Path, keep: Callable[..., Keeper], damage: str
@@ -469,6 +488,22 @@ def test_what_was_unused_for_longest_gives_way(root: Path, keep: Callable[..., K
     keeper.dropped(*WINE)
     events = until(keeper, "moons", 2, "ready")
     assert [(e.model, e.state, e.reason) for e in events if e.model == "wine"] == [("wine", "unloaded", "")]
+
+
+def test_versions_prove_themselves_in_turn_and_that_is_no_use_of_them(
+    root: Path, keep: Callable[..., Keeper]
+) -> None:
+    keeper = keep()
+    started(keeper)
+    before = dict(keeper._used)
+    proofs = [keeper.proof() for _ in range(4)]
+    assert {(proof.chunk.model, proof.chunk.version) for proof in proofs[:2]} == {MOONS, WINE}
+    assert proofs[2:] == proofs[:2]
+    assert keeper._used == before
+    for proof in proofs[:2]:
+        model = keeper.held(proof.chunk.model, proof.chunk.version)
+        assert proof.holds(run_chunk(model, proof.chunk, slots=5))
+        assert not proof.holds(run_chunk(model, replace(proof.chunk, rows=proof.chunk.rows + 1e-6)))
 
 
 def test_a_version_larger_than_the_bound_is_refused_with_the_reason(

@@ -8,7 +8,7 @@ from pushforward.dataplane.admission import Admission
 from pushforward.engine.request import Status
 from pushforward.errors import Unavailable
 from pushforward.messages import NFE, OCCUPANCY, STEP_SECONDS, Beat, Counts, ModelState
-from pushforward.metrics import EngineCollector, Metrics
+from pushforward.metrics import EngineCollector, Metrics, Readiness
 
 
 def beat(steps: int, rows: int, running: int = 0) -> Beat:
@@ -58,6 +58,15 @@ def test_the_exposition_is_what_prometheus_reads() -> None:
     assert (told["pushforward_queue_bytes",], told["pushforward_queue_bytes_limit",]) == (100, 1000)
     assert told["pushforward_request_seconds_bucket", "0.005", "sample", "total"] == 1
     assert told["pushforward_request_seconds_count", "sample", "total"] == 1
+
+
+def test_readiness_is_what_the_broker_says_now() -> None:
+    reasons = ["The workers are starting."]
+    metrics = Metrics(Admission(1, 1))
+    metrics.registry.register(Readiness(lambda: reasons[0] if reasons else None))
+    assert samples(metrics)["pushforward_ready",] == 0
+    reasons.clear()
+    assert samples(metrics)["pushforward_ready",] == 1
 
 
 def test_the_format_is_the_one_that_is_asked_for() -> None:

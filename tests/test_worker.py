@@ -1,20 +1,25 @@
 """The worker process, spoken to as its parent speaks to it: frames over a socket."""
 
+import itertools
 import signal
 import socket
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import msgspec
 import numpy as np
 import pytest
+from tests.poison import rot
 
 from pushforward.engine.request import Status
 from pushforward.messages import (
+    UNSOUND,
     Beat,
     Cancel,
+    Counts,
     Failed,
     FrameReader,
     FromWorker,
@@ -162,6 +167,59 @@ def test_it_says_how_far_it_is_while_it_works_and_when_it_is_asked(hire: Callabl
         beats.append(parent.next(Beat))
     assert sum(sum(beat.counts.status.values()) for beat in beats) == 500  # type: ignore[union-attr]
     assert sum(sum(beat.counts.step_seconds) for beat in beats) == beats[-1].steps - idle.steps  # type: ignore[union-attr]
+
+
+def test_without_rows_it_proves_itself_by_a_golden_row_that_counts_nowhere(
+    hire: Callable[..., Parent],
+) -> None:
+    parent = hire("moons/1,wine/1")
+    assert isinstance(parent.next(), Ready)
+    steps = [0]
+    for _ in range(3):
+        parent.socket.sendall(frame(Probe()))
+        beat = parent.next(Beat)
+        assert isinstance(beat, Beat)
+        assert beat.steps > steps[-1]
+        assert (beat.running, beat.waiting, beat.counts) == (0, 0, Counts())
+        steps.append(beat.steps)
+    first, second, third = (later - sooner for sooner, later in itertools.pairwise(steps))
+    assert first != second  # they take turns
+    assert first == third
+
+
+def test_rows_that_come_while_it_proves_itself_are_served_and_counted(hire: Callable[..., Parent]) -> None:
+    parent = hire()
+    assert isinstance(parent.next(), Ready)
+    parent.socket.sendall(frame(Probe()) + frame(work("a", 5)) + frame(Probe()))
+    kinds: list[type] = []
+    counts = Counter[int]()
+    while sum(counts.values()) < 5:
+        message = parent.next(Beat, Result)
+        kinds.append(type(message))
+        if isinstance(message, Beat):
+            counts.update(message.counts.status)
+    assert kinds.count(Result) == 1
+    assert counts == {Status.OK: 5}
+
+
+def test_with_nothing_loaded_its_loop_is_all_it_has_to_prove(hire: Callable[..., Parent]) -> None:
+    parent = hire(load="first-use")
+    assert isinstance(parent.next(), Ready)
+    parent.socket.sendall(frame(Probe()))
+    assert parent.next(Beat) == Beat(0, 0, 0, Counts())
+
+
+def test_weights_that_have_changed_in_memory_end_it_before_a_request_meets_them(
+    hire: Callable[..., Parent],
+) -> None:
+    parent = hire()
+    assert isinstance(parent.next(), Ready)
+    assert rot(parent.process.pid, BUNDLED / "moons" / "1")
+    parent.socket.sendall(frame(Probe()))
+    _, log = parent.process.communicate(timeout=PATIENCE_S)
+    assert parent.process.returncode == UNSOUND
+    assert '"event":"worker unsound"' in log
+    assert "A golden row of moons/1 does not give the bits" in log
 
 
 def test_messages_may_arrive_in_pieces(hire: Callable[..., Parent]) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
+import ipaddress
 import itertools
 import logging
 import math
 import os
+import resource
 import signal
 import socket
 import sys
@@ -22,11 +25,14 @@ from pushforward.broker.base import Broker
 from pushforward.broker.local import LocalBroker
 from pushforward.dataplane import Admission, Dataplane, Limits
 from pushforward.errors import UsageError
+from pushforward.keys import Keyring, check_keys, open_keys
 from pushforward.messages import Setup
-from pushforward.metrics import EngineCollector, Metrics
+from pushforward.metrics import EngineCollector, Metrics, Readiness
 from pushforward.programs.devices import check_devices, gpus
 from pushforward.settings import Settings
 from pushforward.store.catalog import Catalog
+from pushforward.store.opening import opened
+from pushforward.tracing import Tracing
 
 __all__ = ["offline", "serve", "work"]
 
@@ -35,23 +41,30 @@ log = logging.getLogger(__name__)
 _UNLIMITED = 1 << 62
 _KEEP_ALIVE_S = 75  # longer than clients and proxies keep idle connections, so that it is they who close them
 _BACKLOG = 2048
+_OTHER_FILES = 512  # connections that are turned away, workers, the store
 
 
 def serve(settings: Settings) -> None:
     """Serve the models of the store over HTTP until told to stop.
 
     Raises:
-        UsageError: when the address cannot be listened on.
+        UsageError: when the address cannot be listened on, the store cannot be opened, or traces cannot be
+            made.
         NotFound: when there is no model store.
+        Unavailable: when the store cannot be reached, and nothing of it is in the cache.
     """
     logs.configure(settings.log_level, settings.log_format)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _leave)
-    catalog = Catalog(settings.store)
-    catalog.models()  # no store is an error now, not a server without models
+    # no store is an error now, not a server without models
+    catalog = opened(settings.store, settings.cache, settings.cache_mb)
     admission = Admission(settings.max_queue_rows, settings.max_queue_bytes)
     metrics = Metrics(admission)
-    listener = _listening(settings.host, settings.port)
+    tracing = Tracing() if settings.tracing else None
+    listeners = _listening(settings)
+    if settings.keys is not None:
+        check_keys(settings.keys)
+    _make_room(settings.max_connections)
     broker = _broker(settings, admission, metrics)
 
     from pushforward.api.app import build
@@ -66,12 +79,22 @@ def serve(settings: Settings) -> None:
         interactive_rows=settings.interactive_rows,
     )
     plane = Dataplane(catalog, broker, limits, admission, settings.canary_share)
-    app = build(plane, metrics, settings.max_body_bytes)
-    config = _uvicorn(app, lifespan="on", timeout_graceful_shutdown=math.ceil(settings.drain_s))
-    url = _url(listener)
-    log.info("listening", extra=logs.fields(url=url, docs=f"{url}/docs"))
+    admin_port = None if settings.admin_port is None else listeners[1].getsockname()[1]
+    keyring = None if settings.keys is None else Keyring(open_keys(settings.keys))
+    app = build(plane, metrics, settings.max_body_bytes, keyring, admin_port, tracing)
+    config = _uvicorn(
+        app,
+        settings,
+        admin_port,
+        lifespan="on",
+        timeout_graceful_shutdown=math.ceil(settings.drain_s),
+    )
+    url, *admin_url = map(_url, listeners)
+    told = {"url": url, "docs": f"{url}/docs", "admin": admin_url[0] if admin_url else None}
+    log.info("listening", extra=logs.fields(**told, keys=keyring is not None))
     gc.freeze()  # what is there now stays: collections need not look at it again and again
-    Server(config, broker).run(sockets=[listener])
+    with catalog.followed(settings.watch_s):
+        Server(config, broker).run(sockets=listeners)
 
 
 def work(settings: Settings) -> None:
@@ -80,15 +103,21 @@ def work(settings: Settings) -> None:
     Raises:
         UsageError: when there is no queue to work for, or a setting does not fit.
         NotFound: when there is no model store.
+        Unavailable: when the store cannot be reached, and nothing of it is in the cache.
     """
     logs.configure(settings.log_level, settings.log_format)
     if settings.broker is None:
         raise UsageError("A worker needs a queue to work for: give --broker, such as redis://localhost:6379.")
     if settings.workers == 0:
         raise UsageError("--workers is 0: a worker needs at least one process; leave it out.")
-    Catalog(settings.store).models()  # no store is an error now, not a worker without models
-    listener = None if settings.admin_port is None else _listening(settings.host, settings.admin_port)
+    # no store is an error now, not a worker without models
+    catalog = opened(settings.store, settings.cache, settings.cache_mb)
+    listener = None
+    if settings.admin_port is not None:  # which tells how it is, and does nothing for anybody
+        listener = _listener(settings.host, "--admin-port", settings.admin_port, loopback_only=False)
     setups = _setups(settings)
+    if settings.tracing:  # what is missing is told now, not by every process in turn
+        Tracing().close()
     collector = EngineCollector()
     local = LocalBroker(setups, settings.stall_s, collector)
     collector.models = local.models
@@ -96,7 +125,8 @@ def work(settings: Settings) -> None:
 
     import uvloop
 
-    uvloop.run(_work(settings, local, collector, listener))
+    with catalog.followed(settings.watch_s):
+        uvloop.run(_work(settings, local, collector, listener))
 
 
 async def _work(
@@ -122,11 +152,14 @@ async def _work(
     puller = Puller(settings.broker, local, rows, settings.lease_s, collector)
     registry = CollectorRegistry(auto_describe=True)
     registry.register(collector)
+    registry.register(Readiness(puller.unavailable))
     await puller.start()
     probes = None
     if listener is not None:
         app = build_probes(puller.unavailable, registry)
-        probes = asyncio.create_task(Probes(_uvicorn(app, lifespan="off")).serve(sockets=[listener]))
+        probes = asyncio.create_task(
+            Probes(_uvicorn(app, settings, lifespan="off")).serve(sockets=[listener])
+        )
         log.info("listening", extra=logs.fields(url=_url(listener)))
     await told.wait()
     log.info("leaving", extra=logs.fields(chunks=puller.holds))
@@ -163,7 +196,7 @@ async def offline(settings: Settings, catalog: Catalog) -> AsyncIterator[Datapla
         settings: of which the limits and deadlines, which protect a server, do not apply.
         catalog: where the models are.
     """
-    quiet = {"load": "first-use", "log_level": "warning", "workers": settings.workers or 1}
+    quiet = {"load": "first-use", "log_level": "warning", "workers": settings.workers or 1, "tracing": False}
     broker = LocalBroker(_setups(settings.model_copy(update=quiet)), settings.stall_s)
     limits = Limits(
         rows=_UNLIMITED,
@@ -188,7 +221,7 @@ def _setups(settings: Settings) -> list[Setup]:
     workers = settings.workers or (spare_cores if devices == ["cpu"] else len(devices))
     return [
         Setup(
-            store=str(settings.store),
+            store=settings.store,
             versions=settings.versions,
             load=settings.load,
             watch_s=settings.watch_s,
@@ -198,22 +231,41 @@ def _setups(settings: Settings) -> list[Setup]:
             step_budget_ms=settings.step_budget_ms,
             log_level=settings.log_level,
             log_format=settings.log_format,
+            tracing=settings.tracing,
+            cache=None if settings.cache is None else str(settings.cache),
+            cache_mb=settings.cache_mb,
         )
         for device in itertools.islice(itertools.cycle(devices), workers)
     ]
 
 
-def _listening(host: str, port: int) -> socket.socket:
-    """A socket that listens on the address: what is wrong with that is known before anything is started."""
+def _listening(settings: Settings) -> list[socket.socket]:
+    """The sockets that listen, the main one first: what is wrong is known before anything is started."""
+    ports = {"--port": settings.port, "--admin-port": settings.admin_port}
+    open_to_all = settings.keys is None and not settings.insecure
+    return [
+        _listener(settings.host, flag, port, loopback_only=open_to_all)
+        for flag, port in ports.items()
+        if port is not None
+    ]
+
+
+def _listener(host: str, flag: str, port: int, *, loopback_only: bool) -> socket.socket:
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        if loopback_only and not ipaddress.ip_address(str(address[0]).partition("%")[0]).is_loopback:
+            raise UsageError(
+                f"--host {host} can be reached from other machines, and there are no API keys. Make one with "
+                "`pushforward keys create --keys FILE` and serve with --keys FILE (PUSHFORWARD_KEYS), or say "
+                "with --insecure (PUSHFORWARD_INSECURE=true) that whoever reaches it may do everything."
+            )
         listener = socket.socket(family, kind, protocol)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
         listener.listen(_BACKLOG)
     except OSError as error:
         raise UsageError(
-            f"Cannot listen on --host {host} --port {port}: {error.strerror}. "
+            f"Cannot listen on --host {host} {flag} {port}: {error.strerror}. "
             "Choose another port; 0 takes a free one."
         ) from None
     return listener
@@ -224,24 +276,43 @@ def _url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _uvicorn(app: Any, **options: Any) -> Any:
+def _uvicorn(app: Any, settings: Settings, admin_port: int | None = None, **options: Any) -> Any:
     """How HTTP is spoken."""
     import uvicorn
 
+    from pushforward.api.protocol import Guard, Protocol
+    from pushforward.api.server import HEADERS
+
+    guard = Guard(settings.max_connections, settings.header_timeout_s, admin_port)
     return uvicorn.Config(
         app,
         loop="uvloop",
-        http="httptools",
+        http=functools.partial(Protocol, guard),  # type: ignore[arg-type]
         ws="none",
         log_config=None,
         log_level="warning",
         access_log=False,  # a request has its own line, with more in it
         proxy_headers=False,
         server_header=False,
+        headers=HEADERS,
         timeout_keep_alive=_KEEP_ALIVE_S,
         backlog=_BACKLOG,
         **options,
     )
+
+
+def _make_room(connections: int) -> None:
+    """See to it that this process may have so many connections, and the files beside them."""
+    wanted = connections + _OTHER_FILES
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft == resource.RLIM_INFINITY or soft >= wanted:
+        return
+    if hard != resource.RLIM_INFINITY and hard < wanted:
+        raise UsageError(
+            f"--max-connections {connections} needs {wanted} open files, and this process may have {hard}: "
+            "raise that limit (ulimit -Hn), or take fewer connections."
+        )
+    resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _leave(number: int, frame: Any) -> None:

@@ -17,7 +17,7 @@ from typing import Any, cast
 from urllib.parse import parse_qsl, unquote, urlencode, urlsplit, urlunsplit
 
 import redis.asyncio as redis
-from redis.asyncio.sentinel import Sentinel
+from redis.asyncio.sentinel import Sentinel, SentinelConnectionPool
 
 from pushforward.errors import UsageError
 
@@ -39,10 +39,13 @@ def connect(url: str, **options: Any) -> redis.Redis:
     try:
         address, password = _with_password_file(url)
         if urlsplit(address).scheme.startswith("sentinel"):
-            return _behind_sentinels(address, password, options)
-        if password is not None:
-            options |= {"password": password}
-        return redis.Redis.from_url(address, **options)
+            client = _behind_sentinels(address, password, options)
+        else:
+            secret = {} if password is None else {"password": password}
+            client = redis.Redis.from_url(address, **options | secret)
+        # An option that there is not is found by making a connection, which connects to nothing yet.
+        client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
+        return client
     except (ValueError, TypeError) as error:
         raise UsageError(f"{shown(url)} is no address of a Redis server: {error}.") from None
 
@@ -54,7 +57,7 @@ def shown(url: str) -> str:
     'redis://localhost:6379/0'
     """
     parts = urlsplit(url)
-    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
+    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
 
 
 def _with_password_file(url: str) -> tuple[str, str | None]:
@@ -93,4 +96,14 @@ def _behind_sentinels(url: str, password: str | None, options: dict[str, Any]) -
     }
     own = {key: access[key] for key in access if key != "username"}
     sentinel = Sentinel(places, sentinel_kwargs=own)  # type: ignore[no-untyped-call]
-    return cast(redis.Redis, sentinel.master_for(service, db=int(db or 0), **access))
+    return cast(redis.Redis, sentinel.master_for(service, redis_class=_Master, db=int(db or 0), **access))
+
+
+class _Master(redis.Redis):
+    """The server that sentinels name; closes the connections to them as well."""
+
+    async def aclose(self, close_connection_pool: bool | None = None) -> None:
+        await super().aclose(close_connection_pool)
+        manager = cast(SentinelConnectionPool, self.connection_pool).sentinel_manager
+        for sentinel in manager.sentinels:
+            await sentinel.aclose()

@@ -8,6 +8,9 @@
     ├── InvalidModel          invalid-model       a stored version is broken or hostile; names the file
     ├── SolveFailed           solve-failed        an integration did not reach its end; says what to change
     ├── DeadlineExceeded      deadline-exceeded   the answer was not ready in time
+    ├── Unauthorized          unauthorized        no key, or none that is known
+    ├── Forbidden             forbidden           the key is known, and not for this; names the scope
+    ├── QuotaExceeded         quota-exceeded      more than the key may ask for now; says which limit
     ├── Unavailable           unavailable         cannot take the work now; trying again later may help
     ├── TrainingFailed        training-failed     the loss diverged, or nothing could be learnt
     ├── PublishFailed         publish-failed      a version could not be written, or missed its own checks
@@ -20,22 +23,27 @@ shown. An error that crosses a process boundary travels as (code, message, detai
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar
 
 __all__ = [
     "Conflict",
     "DeadlineExceeded",
+    "Forbidden",
     "InvalidInput",
     "InvalidModel",
     "LimitExceeded",
     "NotFound",
     "PublishFailed",
     "PushforwardError",
+    "QuotaExceeded",
     "SolveFailed",
     "TrainingFailed",
+    "Unauthorized",
     "Unavailable",
     "UsageError",
+    "brief",
     "from_code",
 ]
 
@@ -164,6 +172,42 @@ class DeadlineExceeded(PushforwardError):
     code = "deadline-exceeded"
 
 
+class Unauthorized(PushforwardError):
+    """Nobody says who asks: there is no key, or none that is known and has not expired."""
+
+    code = "unauthorized"
+
+
+class Forbidden(PushforwardError):
+    """The key is known, but not for this.
+
+    Args:
+        scope: the one that it lacks; kept in ``detail["scope"]``.
+    """
+
+    code = "forbidden"
+
+    def __init__(
+        self, message: str, *, scope: str | None = None, detail: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(message, detail=_with(detail, scope=scope))
+
+
+class QuotaExceeded(PushforwardError):
+    """More than a key may ask for now.
+
+    Args:
+        retry_after: as for ``Unavailable``.
+    """
+
+    code = "quota-exceeded"
+
+    def __init__(
+        self, message: str, *, retry_after: float | None = None, detail: Mapping[str, Any] | None = None
+    ) -> None:
+        super().__init__(message, detail=_with(detail, retry_after=retry_after))
+
+
 class Unavailable(PushforwardError):
     """The work cannot be taken now.
 
@@ -211,6 +255,19 @@ def from_code(code: str, message: str, detail: Mapping[str, Any] | None = None) 
     # a subclass without a code of its own (of another room) is not what its parent's code means
     kinds = {kind.code: kind for kind in PushforwardError.__subclasses__() if "code" in vars(kind)}
     return kinds.get(code, PushforwardError)(message, detail=detail)
+
+
+def brief(error: BaseException) -> str:
+    """What a library said, fit to be told to anyone: its first line, without the folders of files.
+
+    >>> brief(OSError("cannot open /srv/models/m/1/a.onnx: no memory"))
+    'cannot open a.onnx: no memory'
+    """
+    line = str(error).strip().split("\n", 1)[0]
+    return _FOLDERS.sub("", line)[:300]
+
+
+_FOLDERS = re.compile(r"(?<![\w.])/(?:[^\s/'\":,]+/)*(?=[^\s/'\":,])")
 
 
 def _with(detail: Mapping[str, Any] | None, **named: Any) -> dict[str, Any]:

@@ -11,7 +11,8 @@ itself only ever meets versions that are verified, proven and warm.  A turn of t
 So a version's life is *loading → ready → draining → unloaded*: a draining one takes no new chunks, keeps its
 rows until they are finished, and is revived when it is asked for again.  A version is given back when those
 wanted of its model are all ready and two looks in a row found it wanted no more (the server has led its
-requests over by then), when the memory bound needs its room, or when it is unloaded by hand.
+requests over by then; one that chunks have asked for stays until none has for a minute), when the memory
+bound needs its room, or when it is unloaded by hand.
 
 The bound is never exceeded: what is to be loaded waits until enough of the others, those unused for longest
 first, have drained.  What had to give way is loaded again when it is asked for, in turn.
@@ -28,8 +29,8 @@ import time
 from pathlib import Path
 
 from pushforward import logs
-from pushforward.errors import InvalidModel, NotFound, PushforwardError
-from pushforward.loading import LoadedModel, load_model
+from pushforward.errors import InvalidModel, NotFound, PushforwardError, Unavailable, brief
+from pushforward.loading import LoadedModel, Proof, load_model
 from pushforward.messages import ModelState
 from pushforward.store.catalog import Catalog
 from pushforward.store.policy import Policy, Version
@@ -39,6 +40,8 @@ __all__ = ["Keeper"]
 log = logging.getLogger(__name__)
 
 Stamp = tuple[tuple[str, int, int], ...]
+
+_KEEP_S = 60.0  # what chunks have asked for and the policy does not want is kept while it is used so often
 
 
 class Keeper:
@@ -84,11 +87,12 @@ class Keeper:
         self._backlog: dict[Version, None] = {}  # … what the policy wants
         self._loading: Version | None = None
         self._need = 0  # bytes that the version being loaded waits for
-        self._asked: set[Version] = set()  # by chunks: kept
+        self._asked: dict[Version, float] = {}  # by chunks, and when they last did: kept for a while
         self._pinned: set[Version] = set()  # by hand: kept
         self._barred: set[Version] = set()  # by hand: not loaded
         self._evicted: set[Version] = set()  # for want of room: not loaded again unless asked for
         self._failed: dict[Version, tuple[Stamp, str, str]] = {}
+        self._logged: dict[Version, tuple[Stamp, str]] = {}
         self._news: list[ModelState] = []
         self._read, self._write = os.pipe()
         self._readable = False
@@ -137,8 +141,24 @@ class Keeper:
         key = name, version
         model = self._loaded.get(key) or (self._draining.get(key) if key in self._barred else None)
         if model is not None:
-            self._used[name, version] = next(self._clock)
+            self._used[key] = next(self._clock)
+            if key in self._asked:
+                self._asked[key] = time.monotonic()
         return model
+
+    def held(self, name: str, version: int) -> LoadedModel:
+        """A version that ``get`` has found in this turn of the loop, which may be draining by now."""
+        with self._changed:
+            return self._loaded.get((name, version)) or self._draining[name, version]
+
+    def proof(self) -> Proof | None:
+        """That of the version asked for it least often; None when nothing is loaded. No use of a version."""
+        with self._changed:
+            model = min(self._loaded.values(), key=lambda model: model.proofs, default=None)
+        if model is None:
+            return None
+        model.proofs += 1
+        return model.proof
 
     def want(self, name: str, version: int) -> None:
         """Have a version loaded for a chunk, before all others; an event says ``ready`` or ``failed``."""
@@ -147,7 +167,7 @@ class Keeper:
             if key in self._barred:
                 self._tell(key, "failed", _unloaded(key), code=NotFound.code)
                 return
-            self._asked.add(key)
+            self._asked[key] = time.monotonic()
             if key in self._loaded:
                 self._tell(key, "ready")
             elif key in self._draining and not self._need:
@@ -171,7 +191,7 @@ class Keeper:
         with self._changed:
             self._barred.add(key)
             self._pinned.discard(key)
-            self._asked.discard(key)
+            self._asked.pop(key, None)
             self._backlog.pop(key, None)
             if key in self._demanded and key != self._loading:
                 del self._demanded[key]
@@ -245,19 +265,20 @@ class Keeper:
         started = time.monotonic()
         stamp = _stamp(self._catalog.root / name / str(version))
         model, reason, code, again = None, "", InvalidModel.code, self._failed.get(key)
-        if again is not None and again[0] == stamp:
+        if again is not None and again[0] == stamp and again[2] != Unavailable.code:
             reason, code = again[1:]
         else:
             self._tell(key, "loading")
             try:
                 found = self._catalog.resolve(name, version)
                 if self._room(key, found.manifest.program_bytes):
+                    self._catalog.fetch(found)
                     model = load_model(found.folder, self._device)
             except PushforwardError as error:
                 reason, code = error.message, error.code
             except Exception as error:  # such as a disk that fails
                 log.exception("loading failed", extra=logs.fields(model=name, version=version))
-                reason = f"{name}/{version} could not be loaded: {error}."
+                reason = f"{name}/{version} could not be loaded: {brief(error)}."
         seconds = round(time.monotonic() - started, 3)
         with self._changed:
             self._loading = None
@@ -273,6 +294,7 @@ class Keeper:
                 self._tell(key, "unloaded")
             else:
                 self._failed.pop(key, None)
+                self._logged.pop(key, None)
                 self._evicted.discard(key)
                 self._demanded.pop(key, None)
                 self._loaded[key] = model
@@ -281,7 +303,11 @@ class Keeper:
         if model is not None:
             log.debug("model loaded", extra=logs.fields(model=name, version=version, load_s=seconds))
         elif reason and (again is None or again[0] != stamp):
-            log.error("model cannot be served", extra=logs.fields(model=name, version=version, reason=reason))
+            if self._logged.get(key) != (stamp, reason):
+                self._logged[key] = stamp, reason
+                log.error(
+                    "model cannot be served", extra=logs.fields(model=name, version=version, reason=reason)
+                )
             if self._policy is not None:
                 self._look_at(name)  # an older one may have to stand in
 
@@ -313,14 +339,16 @@ class Keeper:
 
     def _look(self) -> None:
         """Look into the store: what is new, what is wanted no more."""
-        for key, (stamp, *_) in list(self._failed.items()):
-            if _stamp(self._catalog.root / key[0] / str(key[1])) != stamp:
+        for key, (stamp, _, code) in list(self._failed.items()):
+            # a store that was away may be back, which changes no file
+            if code == Unavailable.code or _stamp(self._catalog.root / key[0] / str(key[1])) != stamp:
                 self._failed.pop(key, None)
         spare: set[Version] = set()
         for name in self._policy.models() if self._policy else ():
             spare |= self._look_at(name)
         with self._changed:
-            for key in spare & self._spare & self._loaded.keys() - self._asked - self._pinned:
+            for key in spare & self._spare & self._loaded.keys() - self._kept():
+                self._asked.pop(key, None)
                 self._drain(key)
         self._spare = spare
 
@@ -336,9 +364,14 @@ class Keeper:
                 self._backlog[key] = None
             if not wanted or not wanted <= self._loaded.keys():
                 return set()  # nothing goes before what takes its place is there
-            return {key for key in self._loaded if key[0] == name} - wanted - self._asked
+            return {key for key in self._loaded if key[0] == name} - wanted - self._kept()
 
     # ---------------------------------------------------------------- what both call
+
+    def _kept(self) -> set[Version]:
+        """Versions that are kept although the policy does not want them."""
+        long_ago = time.monotonic() - _KEEP_S
+        return self._pinned | {key for key, asked in self._asked.items() if asked > long_ago}
 
     def _drain(self, key: Version) -> None:
         self._draining[key] = self._loaded.pop(key)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -20,12 +20,20 @@ from safetensors.numpy import load as load_safetensors
 
 from pushforward.engine.engine import Engine, Model
 from pushforward.engine.request import Answer, Array, Chunk, Kind
-from pushforward.errors import InvalidModel
+from pushforward.errors import InvalidModel, brief
 from pushforward.programs.runtime import Program
 from pushforward.store.catalog import Catalog
 from pushforward.store.manifest import Manifest, Solver
 
-__all__ = ["GOLDEN_TOLERANCE", "LoadedModel", "default_chunk", "load_model", "run_chunk", "sample_chunk"]
+__all__ = [
+    "GOLDEN_TOLERANCE",
+    "LoadedModel",
+    "Proof",
+    "default_chunk",
+    "load_model",
+    "run_chunk",
+    "sample_chunk",
+]
 
 # What an answer may miss its reference by beyond what it missed at publishing.
 GOLDEN_TOLERANCE = 1e-3  # nats, for a log-density
@@ -36,6 +44,18 @@ STAGE_TOLERANCE = 1e-3  # for f(t, z) as the start programs compute it, in units
 BATCH_MULTIPLES = {"cpu": (1, 8, 32), "cuda": (256,)}
 
 
+@dataclass(frozen=True, eq=False)
+class Proof:
+    """A golden row and what it gave when its version was loaded: it must give the same bits ever after."""
+
+    chunk: Chunk
+    answer: Answer
+
+    def holds(self, answer: Answer) -> bool:
+        """Whether an answer to the chunk is the one it gave then, to the bit."""
+        return _same(answer, self.answer, slice(None))
+
+
 class LoadedModel:
     """A version whose programs are loaded when they are first needed.
 
@@ -43,7 +63,14 @@ class LoadedModel:
         manifest: what the version says it is.
         folder: where it lies.
         device: where its programs run.
+
+    Attributes:
+        proof: shows later that the version still is what it was; ``load_model`` sets it.
+        proofs: how often it was asked for.
     """
+
+    proof: Proof
+    proofs = 0
 
     def __init__(self, manifest: Manifest, folder: Path, device: str = "cpu") -> None:
         self.manifest, self.folder, self.device = manifest, folder, device
@@ -120,7 +147,7 @@ def load_model(folder: Path, device: str = "cpu") -> LoadedModel:
     except InvalidModel:
         raise
     except Exception as error:  # whatever ONNX Runtime says about shapes and types
-        raise InvalidModel(f"{file} does not fit the model: {error}.", file=file) from None
+        raise InvalidModel(f"{file} does not fit the model: {brief(error)}.", file=file) from None
     model.hold()
     return model
 
@@ -163,6 +190,16 @@ def _prove(model: LoadedModel, golden: dict[str, Array]) -> None:
     one, other = (_first_stage(model, kind, back) for kind in ("density", "sample"))
     if (row := _beyond(_distance(one, other), STAGE_TOLERANCE * np.abs(one).max(initial=1e-6))) is not None:
         raise _unlike_itself(model, int(numbers[row]), f"first stage {other[row]}", f"{one[row]}")
+    model.proof = _proof(model, there, numbers[:1])
+
+
+def _proof(model: LoadedModel, golden: Chunk, row: NDArray[np.intp]) -> Proof:
+    context = None if golden.context is None else golden.context[row]
+    manifest = model.manifest
+    chunk = replace(
+        golden, model=manifest.name, version=manifest.version, rows=golden.rows[row], context=context
+    )
+    return Proof(chunk, run_chunk(model, chunk))
 
 
 def _first_stage(model: LoadedModel, kind: str, chunk: Chunk) -> Array:

@@ -13,7 +13,10 @@ from typing import Any
 
 import orjson
 
-__all__ = ["configure", "fields"]
+__all__ = ["audit", "configure", "fields"]
+
+_audit = logging.getLogger("pushforward.audit")
+_audit.setLevel(logging.INFO)  # whatever else is logged
 
 
 def configure(level: str, form: str) -> None:
@@ -35,6 +38,23 @@ def fields(**values: Any) -> dict[str, dict[str, Any]]:
     return {"fields": values}
 
 
+def audit(action: str, **values: Any) -> None:
+    """Write the line of an order to the control plane: who gave it, what for, and what came of it."""
+    _audit.info("audit", extra=fields(action=action, **values))
+
+
+def without_keys(text: str) -> str:
+    """Text in which no API key can be read, wherever a client put one.
+
+    >>> without_keys("/v1/pf_0123456789ab_" + "5" * 48)
+    '/v1/pf_0123456789ab_…'
+    """
+    return _KEY.sub(r"\1…", text)
+
+
+_KEY = re.compile(r"(pf_[0-9a-f]{12}_)[0-9a-f]{8,}")
+
+
 def _record(record: logging.LogRecord) -> dict[str, Any]:
     line: dict[str, Any] = {
         "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
@@ -51,7 +71,7 @@ def _record(record: logging.LogRecord) -> dict[str, Any]:
 
 class _Json(logging.Formatter):
     def format(self, record: logging.LogRecord) -> str:
-        return orjson.dumps(_record(record), default=str).decode()
+        return without_keys(orjson.dumps(_record(record), default=str).decode())
 
 
 class _Text(logging.Formatter):
@@ -59,7 +79,7 @@ class _Text(logging.Formatter):
         line = _record(record)
         trace = line.pop("traceback", None)
         text = " ".join(f"{key}={_quoted(value)}" for key, value in line.items())
-        return text if trace is None else f"{text}\n{trace}"
+        return without_keys(text if trace is None else f"{text}\n{trace}")
 
 
 _PLAIN = re.compile(r"[!#-&(-<>-~]+")  # printable ASCII but for space, quotes and the equals sign

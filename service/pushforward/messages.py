@@ -19,6 +19,7 @@ __all__ = [
     "NFE",
     "OCCUPANCY",
     "STEP_SECONDS",
+    "UNSOUND",
     "Beat",
     "Cancel",
     "Counts",
@@ -41,6 +42,8 @@ __all__ = [
 ]
 
 MAX_FRAME_BYTES = 1 << 30
+UNSOUND = 3
+"""Exit status of a worker whose answers have changed."""
 _LENGTH = struct.Struct("<I")
 _DTYPES = frozenset({"<f8", "<i4", "|u1"})  # nothing that could carry an object
 
@@ -58,7 +61,7 @@ class Setup(msgspec.Struct, frozen=True):
     """What a worker process is to be; its command line carries this as JSON."""
 
     store: str
-    """Folder of the model store."""
+    """Folder or URL of the model store."""
     versions: str
     """Which versions to keep loaded, as ``settings.Settings.versions`` says it."""
     load: str
@@ -73,6 +76,10 @@ class Setup(msgspec.Struct, frozen=True):
     step_budget_ms: float
     log_level: str
     log_format: str
+    tracing: bool = False
+    cache: str | None = None
+    """Folder for copies of a store at a URL."""
+    cache_mb: int = 10_000
 
 
 class Work(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -106,6 +113,8 @@ class Work(msgspec.Struct, tag=True, array_like=True, frozen=True):
     """Counts how often the chunk has been handed out; an answer with an older one is discarded."""
     request: str = ""
     """What the chunks of one request have in common: requests take turns."""
+    trace: dict[str, str] = {}
+    """The context of its span, as W3C Trace Context spells it; empty for a chunk that is not traced."""
 
 
 class Cancel(msgspec.Struct, tag=True, array_like=True, frozen=True):
@@ -129,7 +138,10 @@ class Unload(msgspec.Struct, tag=True, array_like=True, frozen=True):
 
 
 class Probe(msgspec.Struct, tag=True, array_like=True, frozen=True):
-    """Take a turn of the loop and say so with a ``Beat``: how an idle worker proves itself."""
+    """Solve a golden row as when it was loaded, and say so with a ``Beat``: how an idle worker proves itself.
+
+    A worker that cannot leaves with the status ``UNSOUND``.
+    """
 
 
 class ModelState(msgspec.Struct, tag=True, array_like=True, frozen=True):

@@ -25,7 +25,7 @@ from pushforward.messages import NFE, OCCUPANCY, STEP_SECONDS, Beat, Counts, Mod
 
 prometheus.disable_created_metrics()  # type: ignore[no-untyped-call]
 
-__all__ = ["EngineCollector", "Metrics", "Tally", "exposition"]
+__all__ = ["EngineCollector", "Metrics", "Readiness", "Tally", "exposition"]
 
 Values = Iterable[tuple[tuple[str, ...], float]]
 """The words of the labels, and the value."""
@@ -137,6 +137,22 @@ def exposition(registry: CollectorRegistry, accept: str) -> tuple[str, bytes]:
     """Content type and text of all metrics, in the best format that an ``Accept`` header allows."""
     encode, content_type = choose_encoder(accept)
     return content_type, encode(registry)
+
+
+class Readiness(Collector):
+    """Whether this process would take work now, as ``/health/ready`` says it.
+
+    Args:
+        unavailable: tells why not, or None; see ``Broker.unavailable``.
+    """
+
+    def __init__(self, unavailable: Callable[[], str | None]) -> None:
+        self._unavailable = unavailable
+
+    def collect(self) -> Iterator[Metric]:
+        """It, as it is now."""
+        ready = self._unavailable() is None
+        yield _gauge("ready", "1 when a request sent now would be taken, else 0.", [], [((), int(ready))])
 
 
 class EngineCollector(Collector):

@@ -22,6 +22,7 @@ from pushforward.scoring.calibration import benjamini_hochberg
 from pushforward.settings import Settings
 from pushforward.store.catalog import Catalog, ModelVersion
 from pushforward.store.manifest import Manifest
+from pushforward.store.opening import opened
 from pushforward.tables import Source, writing
 
 __all__ = ["sample", "score"]
@@ -66,7 +67,7 @@ async def score(
         InvalidInput: for a column that is missing or not numeric, or a value that is missing.
         NotFound: for an unknown model or version.
     """
-    catalog = Catalog(settings.store)
+    catalog = opened(settings.store, settings.cache, settings.cache_mb)
     found = catalog.resolve(name, version)
     source = Source.open(path)
     columns = _columns(source, found.manifest)
@@ -144,7 +145,7 @@ async def sample(
         InvalidInput: for a context that does not fit the model.
         NotFound: for an unknown model or version.
     """
-    catalog = Catalog(settings.store)
+    catalog = opened(settings.store, settings.cache, settings.cache_mb)
     found = catalog.resolve(name, version)
     names = found.manifest.context_features
     given = from_named([context], names, "context") if names or context else None

@@ -5,6 +5,9 @@
 One loop: take messages (waiting only when no row runs), make one engine step, send the answers that are
 finished, and now and then a ``Beat`` that says so. Versions are loaded and let go by the keeper's thread
 meanwhile; a chunk whose version is not there yet is parked. It ends when its socket does.
+
+A worker without rows that is asked for a sign of life proves itself first: a golden row of a version it has
+loaded must give the bits that it gave then. Chunks that come meanwhile end that; they are proof enough.
 """
 
 from __future__ import annotations
@@ -26,8 +29,9 @@ from pushforward.engine.engine import Engine
 from pushforward.engine.request import Answer, Chunk, Kind
 from pushforward.errors import PushforwardError, from_code
 from pushforward.keeper import Keeper
-from pushforward.loading import LoadedModel
+from pushforward.loading import Proof
 from pushforward.messages import (
+    UNSOUND,
     Beat,
     Cancel,
     Failed,
@@ -44,7 +48,9 @@ from pushforward.messages import (
     decode_to_worker,
     frame,
 )
-from pushforward.store.catalog import Catalog
+from pushforward.spans import solve
+from pushforward.store.opening import catalog_of
+from pushforward.tracing import Tracing
 
 __all__ = ["Channel", "Worker", "main"]
 
@@ -53,6 +59,10 @@ log = logging.getLogger("pushforward.worker")  # __name__ is "__main__" here
 _LOOK_S = 0.0002  # between two looks at the socket: the step of one row is so short that a look would be felt
 _BEAT_S = 0.1  # between two signs of progress
 _READ_BYTES = 1 << 16  # a larger buffer would be mapped and unmapped at every read
+
+
+class Unsound(Exception):
+    """The programs of a worker do not compute what they did."""
 
 
 class Channel:
@@ -129,16 +139,19 @@ class Worker:
     def __init__(self, channel: Channel, setup: Setup) -> None:
         self._channel = channel
         self._keeper = Keeper(
-            Catalog(Path(setup.store)),
+            catalog_of(setup.store, None if setup.cache is None else Path(setup.cache), setup.cache_mb),
             setup.versions,
             setup.load,
             setup.watch_s,
             setup.model_memory_mb,
             setup.device,
         )
-        self._engine = Engine(self._model, slots=setup.slots, step_budget_s=setup.step_budget_ms / 1000)
+        self._engine = Engine(self._keeper.held, slots=setup.slots, step_budget_s=setup.step_budget_ms / 1000)
         self._parked: dict[tuple[str, int], list[Work]] = {}  # chunks whose version is being loaded
         self._fences: dict[str, int] = {}  # of the chunks in the engine
+        self._proof: Proof | None = None  # being solved: then the engine has no other rows
+        self._tracing = Tracing() if setup.tracing else None
+        self._traced: dict[str, tuple[Work, int]] = {}  # chunks with a span, and when they came, Unix ns
         self._ready = False
         self._told = 0.0  # when the last beat was sent
         self._untold = False  # whether anything has happened since
@@ -149,8 +162,14 @@ class Worker:
         self._keeper.start()
         try:
             self._loop(time.monotonic())
+        except Exception as error:
+            for id in list(self._traced):
+                self._trace(id, error, time.time_ns())
+            raise
         finally:
             self._keeper.close()
+            if self._tracing is not None:
+                self._tracing.close()
 
     def _loop(self, started: float) -> None:
         look = 0.0
@@ -168,41 +187,67 @@ class Worker:
                     gc.freeze()  # what is there now stays: collections need not look at it again and again
                 look = now + _LOOK_S
             if self._engine.busy:
-                for answer in self._engine.step():
-                    self._channel.send(_result(answer, self._fences.pop(answer.id)))
+                answers = self._engine.step()
+                if self._proof is None:
+                    if answers:
+                        self._answer(answers)
+                    self._untold = True
+                elif answers:
+                    self._judge(self._proof, answers[0])
                 if not self._engine.busy:
                     self._let_go()
-                self._untold = True
-            if now - self._told >= _BEAT_S and (self._untold or not self._ready):
+            if now - self._told >= _BEAT_S and (self._untold or self._loading):
                 self._beat()
+
+    def _answer(self, answers: list[Answer]) -> None:
+        left = time.time_ns()
+        results = [_result(answer, self._fences.pop(answer.id)) for answer in answers]
+        for result in results:
+            self._channel.send(result)
+        for result in results:
+            self._trace(result.id, result, left)
 
     def _patience_s(self) -> float | None:
         """How long to wait for a message: not at all with rows in flight, for ever with nothing to tell."""
         if self._engine.busy:
             return 0.0
-        return _BEAT_S if self._untold or not self._ready else None
+        return _BEAT_S if self._untold or self._loading else None
+
+    @property
+    def _loading(self) -> bool:
+        """Whether somebody waits for a version: this may take longer than a worker may be silent."""
+        return not self._ready or bool(self._parked)
 
     def _take(self, message: ToWorker) -> None:
         match message:
             case Work():
+                if self._tracing is not None and message.trace:
+                    self._traced[message.id] = message, time.time_ns()
                 if self._keeper.get(message.model, message.version) is not None:
                     self._submit(message)
                 else:
                     self._parked.setdefault((message.model, message.version), []).append(message)
                     self._keeper.want(message.model, message.version)
             case Cancel():
-                self._engine.cancel(message.id)
-                self._fences.pop(message.id, None)
-                for works in self._parked.values():
+                answer = self._engine.cancel(message.id)
+                fence = self._fences.pop(message.id, 0)
+                result = None if answer is None else _result(answer, fence)
+                self._trace(message.id, result, time.time_ns())
+                for version, works in list(self._parked.items()):
                     works[:] = [work for work in works if work.id != message.id]
+                    if not works:
+                        del self._parked[version]
             case Load():
                 self._keeper.load(message.model, message.version)
             case Unload():
                 self._keeper.unload(message.model, message.version)
             case Probe():
-                self._beat()
+                self._prove()
 
     def _submit(self, work: Work) -> None:
+        if self._proof is not None:
+            self._engine.cancel(self._proof.chunk.id)
+            self._end_proof()
         try:
             self._engine.submit(_chunk(work))
         except PushforwardError as error:
@@ -212,6 +257,12 @@ class Worker:
 
     def _fail(self, work: Work, error: PushforwardError) -> None:
         self._channel.send(Failed(work.id, error.code, error.message, error.detail, work.fence))
+        self._trace(work.id, error, time.time_ns())
+
+    def _trace(self, id: str, outcome: Result | Exception | None, over_ns: int) -> None:
+        """Make the span of a chunk, if it is to have one: nothing waits for that any more."""
+        if self._tracing is not None and id in self._traced:
+            solve(self._tracing, *self._traced.pop(id), outcome, over_ns)
 
     def _hear_of_models(self) -> None:
         """Pass on what has become of versions; begin or fail the chunks that waited for them."""
@@ -233,10 +284,28 @@ class Worker:
                 self._engine.forget(model, version)
                 self._keeper.dropped(model, version)
 
-    def _model(self, name: str, version: int) -> LoadedModel:
-        model = self._keeper.get(name, version)
-        assert model is not None  # looked up before submitting
-        return model
+    def _prove(self) -> None:
+        """Begin to solve a golden row, unless a beat about other rows is due anyway."""
+        if self._engine.busy or self._untold:
+            return
+        self._proof = self._keeper.proof()
+        if self._proof is None:
+            self._beat()
+        else:
+            self._engine.submit(self._proof.chunk)
+
+    def _judge(self, proof: Proof, answer: Answer) -> None:
+        if not proof.holds(answer):
+            raise Unsound(
+                f"A golden row of {proof.chunk.model}/{proof.chunk.version} does not give the bits that it "
+                "gave when the version was loaded."
+            )
+        self._end_proof()
+
+    def _end_proof(self) -> None:
+        """Go on, and say so; what was done for a proof is not counted."""
+        self._proof, self._untold = None, True
+        self._engine.take_counts()
 
     def _beat(self) -> None:
         engine = self._engine
@@ -294,6 +363,9 @@ def main(descriptor: str, setup: str) -> None:
     with socket.socket(fileno=int(descriptor)) as sock:
         try:
             Worker(Channel(sock), options).run()
+        except Unsound as error:
+            log.error("worker unsound", extra=logs.fields(reason=str(error)))
+            sys.exit(UNSOUND)
         except Exception:
             # An engine in an unknown state must not answer anybody: the parent starts another.
             log.exception("worker failed")

@@ -109,7 +109,7 @@ def test_a_poisonous_chunk_convicts_itself_and_nothing_else(
         assert caught.value.detail["rows"] == 2
         assert (await broker.submit(work("after"))).status.tolist() == [Status.OK] * 3
 
-    run(test, poisoned, server, stall_s=0.5)
+    run(test, poisoned, server, stall_s=1.0)
 
 
 def test_a_cancelled_call_frees_the_worker(server: str | None, setup: Setup, work: Any) -> None:

@@ -17,9 +17,9 @@ from tests.server import Server, servers
 PAGE = os.sysconf("SC_PAGE_SIZE")
 
 
-def usage(server: Server) -> dict[str, tuple[float, int]]:
+def usage(server: Server, **others: int) -> dict[str, tuple[float, int]]:
     """Of every process: resident memory in megabytes, and open descriptors."""
-    pids = {"server": server.process.pid}
+    pids = {"server": server.process.pid, **others}
     pids |= {f"worker {number}": pid for number, pid in enumerate(server.workers())}
     return {
         name: (
@@ -46,8 +46,11 @@ def soak(server: Server, bank: Bank, seconds: float, rate: float, every: float =
     with Traffic(server.url, bank, rate=rate, hang_up=0.3) as traffic:
         while time.monotonic() - begun < seconds:
             time.sleep(every)
-            samples.append((time.monotonic() - begun, usage(server)))
+            samples.append((time.monotonic() - begun, usage(server, clients=os.getpid())))
     print(traffic.report())
+    for seconds, at in samples[:: max(1, len(samples) // 10)]:
+        sizes = ", ".join(f"{name} {memory:.1f} MB, {files} files" for name, (memory, files) in at.items())
+        print(f"after {seconds:.0f} s: {sizes}")
     first, last = samples[0][1], samples[-1][1]
     for name, (memory, files) in slopes(samples).items():
         print(

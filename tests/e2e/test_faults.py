@@ -5,12 +5,14 @@ import random
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import httpx
 import pytest
 from tests.e2e.bank import Bank
 from tests.e2e.soak import usage
 from tests.e2e.traffic import Report, Traffic
+from tests.poison import poison
 from tests.server import Server, until
 
 OUTCOMES = ("answered", "failed", "cancelled", "expired", "refused")
@@ -83,7 +85,28 @@ def test_one_of_two_workers_may_die_at_any_time(
     traffic.report().assert_clean()
 
 
-def test_clients_that_hang_up_leave_nothing_behind(start: Callable[..., Server], bank: Bank) -> None:
+@pytest.mark.parametrize("what", ["raise", "hang"])
+def test_rows_that_make_a_step_fail_or_hang_convict_themselves_alone(
+    what: str, start: Callable[..., Server], store: Path, bank: Bank, rounds: int
+) -> None:
+    poison(store / "moons" / "1", what)  # which leaves the answers of other rows as they were
+    server, far = start(stall_s=1), {"x": [[1e9, 0.0], [0.5, 0.5]], "timeout_ms": 120_000}
+    harmless = [template for template in bank.templates if not template.poison]
+    with Traffic(server.url, bank, only=harmless) as traffic, server.client() as client:
+        for _ in range(rounds):
+            with traffic.mark(f"rows that {what}"):
+                told = client.post("/v1/models/moons/log_density", json=far)
+            assert (told.status_code, told.json()["code"]) == (500, "internal-error")
+            assert "lost 3 times" in told.json()["detail"]
+            traffic.settle()
+    print(traffic.report())
+    traffic.report().assert_clean()
+    assert server.metrics()["pushforward_quarantined_total",] >= rounds
+
+
+def test_clients_that_hang_up_leave_nothing_behind(
+    start: Callable[..., Server], bank: Bank, rounds: int
+) -> None:
     server = start()
     with Traffic(server.url, bank) as traffic:
         traffic.wait_for_answers(100)
@@ -91,8 +114,11 @@ def test_clients_that_hang_up_leave_nothing_behind(start: Callable[..., Server],
     before = usage(server)
     with Traffic(server.url, bank, hang_up=0.3) as traffic:
         traffic.wait_until(
-            lambda report: report.outcomes["hung up"] >= 60 and report.outcomes["right"] >= 150
+            lambda report: (
+                report.outcomes["hung up"] >= 30 * rounds and report.outcomes["right"] >= 75 * rounds
+            )
         )
+    print(traffic.report())
     traffic.report().assert_clean()
     assert until(lambda: at_rest(server))
     assert until(lambda: all(usage(server)[name][1] <= files for name, (_, files) in before.items()))
@@ -124,12 +150,25 @@ def test_every_request_is_counted_once_also_when_workers_die(
     assert right <= counted["answered"] <= right + hung_up
     assert right <= sum(counted.values()) <= right + hung_up
     assert counted["failed"] == counted["expired"] == counted["refused"] == 0
+    rows = {outcome: told.get(("pushforward_rows_total", outcome), 0) for outcome in OUTCOMES}
+    surely, perhaps = (
+        sum(request.template.rows for request in report.requests if request.outcome in outcomes)
+        for outcomes in (["right"], ["right", "hung up"])
+    )
+    assert surely <= sum(rows.values()) <= perhaps
+    poison = sum(
+        len(r.template.poison) for r in report.requests if r.outcome == "right"
+    )  # a row each, at least
+    assert poison <= rows["failed"] <= surely - rows["answered"] + rows["cancelled"] + rows["failed"]
+    assert rows["expired"] == rows["refused"] == 0
+    restarts = sum(value for key, value in told.items() if key[0] == "pushforward_worker_restarts_total")
+    assert restarts == rounds
 
 
 def test_what_was_sent_before_the_signal_to_stop_is_answered(
     start: Callable[..., Server], bank: Bank, rounds: int
 ) -> None:
-    draw = random.Random(0)
+    draw, asked = random.Random(0), 0
     for _ in range(rounds):
         server = start()
         with Traffic(server.url, bank, seed=draw.randrange(1000)) as traffic:
@@ -139,8 +178,10 @@ def test_what_was_sent_before_the_signal_to_stop_is_answered(
         report = traffic.report()
         report.before(moment).assert_clean()
         report.assert_clean("ConnectError", "ReadError", "RemoteProtocolError", "503")  # those sent after it
+        asked += len(report.before(moment).requests)
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{server.url}/health/live")
+    print(f"{asked} requests had been sent before {rounds} signals")
 
 
 def test_who_comes_after_the_signal_is_turned_away_while_the_others_are_served(

@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tests.e2e.bank import Bank
+from tests.e2e.bank import Bank, version_of
 from tests.e2e.traffic import Report, Traffic
 from tests.server import Server, until
 from tests.shared import side_by_side
@@ -41,12 +41,14 @@ def _last(report: Report) -> int | None:
 
 
 def test_new_versions_take_over_without_anybody_noticing(
-    start: Callable[..., Server], store: Path, bank: Bank, later: dict[int, Path]
+    start: Callable[..., Server], store: Path, bank: Bank, tmp_path: Path, rounds: int
 ) -> None:
     with Traffic(start(watch_s=0.1).url, bank) as traffic:
-        for number in (2, 3):
-            with traffic.mark(f"version {number}"):
-                publish(later[number], store)
+        for number in range(2, 2 + rounds):
+            version = version_of("moons", number, ("pinwheel", "checkerboard")[number % 2], tmp_path)
+            bank.learn(version)
+            with traffic.mark("a new version"):
+                publish(version, store)
                 wait_for_version(traffic, number)
     print(traffic.report())
     traffic.report().assert_clean()
@@ -59,7 +61,7 @@ def test_labels_move_without_anybody_noticing(
     with Traffic(start(watch_s=0.1).url, bank) as traffic:
         for _ in range(rounds):
             for number in (1, 2):
-                with traffic.mark(f"stable is {number}"):
+                with traffic.mark("a label moves"):
                     label(store, "stable", number)
                     wait_for_version(traffic, number)
     print(traffic.report())
@@ -67,17 +69,25 @@ def test_labels_move_without_anybody_noticing(
 
 
 def test_a_canary_takes_its_share_and_can_be_sent_home(
-    start: Callable[..., Server], store: Path, bank: Bank, later: dict[int, Path]
+    start: Callable[..., Server], store: Path, bank: Bank, later: dict[int, Path], rounds: int
 ) -> None:
     label(store, "stable", 1)
     with Traffic(start(watch_s=0.1, canary_share=0.5).url, bank) as traffic:
         publish(later[2], store)
-        label(store, "canary", 2)
-        traffic.wait_until(lambda report: report.versions["moons", 2] >= 20)
-        moment = time.monotonic()
-        traffic.wait_until(lambda report: report.after(moment).versions["moons", 1] >= 20)
-        label(store, "canary", 1)
-        wait_for_version(traffic, 1)
+        for _ in range(rounds):
+            moment = time.monotonic()
+            with traffic.mark("a canary"):
+                label(store, "canary", 2)
+                for number in (2, 1):
+                    traffic.wait_until(
+                        lambda report, number=number, since=moment: (
+                            report.after(since).versions["moons", number] >= 10
+                        )
+                    )
+            with traffic.mark("it is sent home"):
+                label(store, "canary", 1)
+                wait_for_version(traffic, 1)
+    print(traffic.report())
     traffic.report().assert_clean()
 
 
@@ -103,21 +113,26 @@ def test_a_version_that_is_broken_is_never_served_and_the_old_one_stays(
     start: Callable[..., Server],
     store: Path,
     bank: Bank,
-    later: dict[int, Path],
     tmp_path: Path,
+    rounds: int,
 ) -> None:
-    broken = shutil.copytree(later[2], tmp_path / "2")
-    spoil(broken)
     server = start(watch_s=0.1)
     with Traffic(server.url, bank) as traffic, server.client() as client:
-        publish(broken, store)
-        refused = client.post("/v1/models/moons/versions/2/sample", json={"n": 1})
-        assert refused.status_code == 503
-        assert refused.json()["code"] == "invalid-model"
-        wait_for_version(traffic, 1)
-        assert client.get("/health/ready").status_code == 200
-        publish(later[3], store)
-        wait_for_version(traffic, 3)
+        for number in range(2, 2 + rounds):
+            broken = version_of("moons", number, "pinwheel", tmp_path)
+            spoil(broken)
+            with traffic.mark("a broken version"):
+                publish(broken, store)
+                refused = client.post(f"/v1/models/moons/versions/{number}/sample", json={"n": 1})
+                assert refused.status_code == 503
+                assert refused.json()["code"] == "invalid-model"
+                wait_for_version(traffic, 1)
+            assert client.get("/health/ready").status_code == 200
+        sound = version_of("moons", 2 + rounds, "pinwheel", tmp_path)
+        bank.learn(sound)
+        publish(sound, store)
+        wait_for_version(traffic, 2 + rounds)
+    print(traffic.report())
     traffic.report().assert_clean()
 
 
@@ -146,15 +161,17 @@ def test_a_version_may_go_and_come_back_under_traffic(
     with Traffic(server.url, bank) as traffic, server.client() as client:
         for _ in range(rounds):
             refused = traffic.report().outcomes["503"]
-            assert client.post("/v1/models/moons/versions/1/unload").status_code == 202
-            traffic.wait_until(lambda report, refused=refused: report.outcomes["503"] > refused)
-            assert client.post("/v1/models/moons/versions/1/load").status_code == 202
-            assert until(lambda: client.post("/v1/models/moons/sample", json={}).status_code == 200)
+            with traffic.mark("unloaded and loaded again"):
+                assert client.post("/v1/models/moons/versions/1/unload").status_code == 202
+                traffic.wait_until(lambda report, refused=refused: report.outcomes["503"] > refused)
+                assert client.post("/v1/models/moons/versions/1/load").status_code == 202
+                assert until(lambda: client.post("/v1/models/moons/sample", json={}).status_code == 200)
             traffic.settle()
             moment = time.monotonic()
             traffic.wait_until(lambda report, since=moment: report.after(since).versions["moons", 1] >= 10)
             traffic.report().after(moment).assert_clean("under way")
     report = traffic.report()
+    print(report)
     report.assert_clean(
         "503", "404"
     )  # the latter from a worker that hears of it before the request reaches it

@@ -245,6 +245,17 @@ def test_cancelling_what_is_not_there_changes_nothing(engine: Engine, model: Exp
     assert engine.cancel("a") is None
 
 
+def test_cancelling_what_was_done_at_submission_and_has_not_been_told(engine: Engine) -> None:
+    outside = np.array([[-1.0, 0.0]])
+    engine.submit(chunk("gone", Kind.ENCODE, outside))
+    engine.submit(chunk("other", Kind.ENCODE, outside))
+    answer = engine.cancel("gone")
+    assert answer is not None
+    assert answer.status.tolist() == [Status.OUTSIDE_SUPPORT]
+    assert [answer.id for answer in engine.step()] == ["other"]
+    assert not engine.busy
+
+
 def test_the_places_of_a_cancelled_chunk_are_taken_at_the_next_turn(model: ExportedModel) -> None:
     engine = Engine(lambda *_: model, slots=4)
     x, _ = model.points(Kind.ENCODE, 4)

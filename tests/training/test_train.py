@@ -7,9 +7,12 @@ import numpy as np
 import pytest
 from rich.console import Console
 from sklearn.datasets import load_wine
+from tests.s3 import environment, s3
 
 from pushforward.errors import Conflict, InvalidInput
+from pushforward.loading import load_model
 from pushforward.store.catalog import Catalog
+from pushforward.store.opening import opened
 from pushforward.training import train as train_module
 from pushforward.training.progress import Live, Watch
 from pushforward.training.recipe import Recipe
@@ -157,3 +160,22 @@ def test_the_bar_of_a_terminal_shows_loss_held_out_log_density_and_rate():
     assert "loss 1.2500" in text
     assert "held-out log-density -3.500" in text
     assert "steps/s" in text
+
+
+def test_a_store_at_a_url_gets_the_version_and_the_cache_the_checkpoint(table, tmp_path, monkeypatch):
+    with s3() as server, environment(server.variables):
+        server.create_bucket("trained")
+        where = {"store": "s3://trained/models", "cache": tmp_path, "label": "third", "options": QUICK}
+        with monkeypatch.context() as patch:
+            patch.setattr(train_module, "watch_for", lambda console: Interrupt())
+            with pytest.raises(KeyboardInterrupt):
+                run(table, "wine", **where, console=console())
+        assert server.content("s3://trained", "models") == {}
+        assert list(tmp_path.glob("*/.training/wine.safetensors"))
+        manifest = run(table, "wine", **where, resume=True, console=console())
+        catalog = opened("s3://trained/models", tmp_path, 100)
+        found = catalog.resolve("wine")
+        assert found.manifest == manifest
+        catalog.fetch(found)
+        load_model(found.folder)
+    assert not list(tmp_path.glob("*/.training/*"))

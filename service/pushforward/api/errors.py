@@ -23,6 +23,9 @@ STATUS: dict[type[PushforwardError], int] = {
     errors.InvalidModel: 503,
     errors.SolveFailed: 500,
     errors.DeadlineExceeded: 504,
+    errors.Unauthorized: 401,
+    errors.Forbidden: 403,
+    errors.QuotaExceeded: 429,
     errors.Unavailable: 503,
     errors.TrainingFailed: 500,
     errors.PublishFailed: 500,
@@ -66,6 +69,12 @@ def problem(error: PushforwardError, request_id: str) -> tuple[int, dict[str, st
     retry_after = error.detail.get("retry_after")
     if retry_after is not None:
         headers["retry-after"] = str(math.ceil(retry_after))
+    if isinstance(error, errors.Unauthorized):
+        headers["www-authenticate"] = 'Bearer realm="pushforward"'
+    elif isinstance(error, errors.Forbidden):
+        headers["www-authenticate"] = (
+            f'Bearer realm="pushforward", error="insufficient_scope", scope="{error.detail["scope"]}"'
+        )
     body = {
         **error.detail,
         "type": f"urn:pushforward:error:{code(error)}",

@@ -13,6 +13,7 @@ from pydantic.json_schema import models_json_schema
 import pushforward
 from pushforward.api.answers import Problem
 from pushforward.api.body import TIMEOUT
+from pushforward.keys import Scope
 
 __all__ = ["Operation", "document"]
 
@@ -41,6 +42,7 @@ class Operation:
         answers: what the answer may be.
         errors: the HTTP statuses of its errors.
         status: the HTTP status of a good answer.
+        scope: what a key must have for it; None when none is needed.
     """
 
     method: str
@@ -50,6 +52,7 @@ class Operation:
     answers: tuple[type[BaseModel], ...]
     errors: tuple[int, ...]
     status: int = 200
+    scope: Scope | None = "infer"
 
 
 def document(operations: Sequence[Operation]) -> dict[str, Any]:
@@ -82,6 +85,10 @@ def document(operations: Sequence[Operation]) -> dict[str, Any]:
         "components": {
             "schemas": definitions["$defs"],
             "responses": {"Problem": _response("An error.", names[Problem], "application/problem+json")},
+            "securitySchemes": {
+                "bearer": {"type": "http", "scheme": "bearer", "description": "An API key."},
+                "header": {"type": "apiKey", "in": "header", "name": "X-API-Key"},
+            },
         },
     }
 
@@ -92,6 +99,7 @@ def _described(operation: Operation, names: dict[Any, Any]) -> dict[str, Any]:
         for name, text in _PARAMETERS.items()
         if f"{{{name}}}" in operation.path
     ]
+    refusals = () if operation.scope is None else (401, 403)
     answers = [names[answer] for answer in operation.answers]
     answer = answers[0] if len(answers) == 1 else {"oneOf": answers}
     described: dict[str, Any] = {
@@ -101,10 +109,12 @@ def _described(operation: Operation, names: dict[Any, Any]) -> dict[str, Any]:
             str(operation.status): _response("The answer.", answer, "application/json"),
             **{
                 str(status): {"$ref": "#/components/responses/Problem", "summary": HTTPStatus(status).phrase}
-                for status in operation.errors
+                for status in sorted((*operation.errors, *refusals))
             },
         },
     }
+    if operation.scope is not None:  # {}: a server without keys asks for none
+        described["security"] = [{"bearer": [operation.scope]}, {"header": [operation.scope]}, {}]
     if operation.request is not None:
         parameters.append(_TIMEOUT)
     if parameters:

@@ -16,6 +16,7 @@ from pushforward.api.wire import Call
 from pushforward.dataplane.plane import Dataplane, Model
 from pushforward.engine.request import ADVICE, Kind, Status
 from pushforward.errors import InvalidInput, InvalidModel, Unavailable
+from pushforward.keys import Keyring
 from pushforward.messages import Result
 from pushforward.noise import fresh_seed
 
@@ -33,10 +34,12 @@ class Routes:
 
     Args:
         plane: answers them.
+        keyring: who may ask; None when anyone may.
     """
 
-    def __init__(self, plane: Dataplane) -> None:
+    def __init__(self, plane: Dataplane, keyring: Keyring | None = None) -> None:
         self._plane = plane
+        self._keyring = keyring
 
     async def log_density(self, call: Call, query: DensityRequest) -> Any:
         """Log-densities of rows."""
@@ -195,6 +198,8 @@ class Routes:
     async def ready(self, call: Call, _: None) -> Any:
         """Whether a request sent now would be taken."""
         reason = self._plane.broker.unavailable()
+        if reason is None and self._keyring is not None:
+            reason = self._keyring.unavailable()
         if reason is not None:
             raise Unavailable(reason, retry_after=1)
         return {"status": "ready"}

@@ -10,14 +10,35 @@ from types import FrameType
 
 import uvicorn
 
+from pushforward.api.protocol import Protocol
 from pushforward.broker.base import Broker
 
-__all__ = ["Probes", "Server"]
+__all__ = ["HEADERS", "Probes", "Server"]
+
+HEADERS = [
+    ("cache-control", "no-store"),  # answers are about somebody's rows
+    ("referrer-policy", "no-referrer"),
+    ("x-content-type-options", "nosniff"),
+]
+"""Of every answer."""
 
 _LINGER_S = 0.5  # for what is on its way on open connections, and for those who ask whether we are ready
 
 
-class Server(uvicorn.Server):
+class _Watched(uvicorn.Server):
+    """A server that looks after slow connections."""
+
+    async def on_tick(self, counter: int) -> bool:
+        """Look at all connections, once a second."""
+        if counter % 10 == 0:
+            now = asyncio.get_running_loop().time()
+            for connection in list(self.server_state.connections):
+                if isinstance(connection, Protocol):
+                    connection.look(now)
+        return await super().on_tick(counter)
+
+
+class Server(_Watched):
     """The HTTP server.
 
     It leaves in three steps: not ready, and every answer closes its connection; no new connections; the end,
@@ -47,7 +68,7 @@ class Server(uvicorn.Server):
         await super().shutdown(sockets)
 
 
-class Probes(uvicorn.Server):
+class Probes(_Watched):
     """An HTTP server beside something else, which leaves the signals alone and ends when it is cancelled."""
 
     @contextlib.contextmanager

@@ -7,6 +7,7 @@ here is seen.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import re
 import secrets
@@ -19,17 +20,27 @@ import orjson
 from pydantic import BaseModel, TypeAdapter
 from starlette.types import Receive, Scope, Send
 
-from pushforward.api.body import TIMEOUT, Headings, parsed, read
+from pushforward import keys
+from pushforward.api.body import TIMEOUT, Headers, Headings, parsed, read
 from pushforward.api.errors import code, problem
 from pushforward.api.interrupt import Interruptible
 from pushforward.dataplane import Admission, Limits, Ticket
 from pushforward.dataplane.admission import HungUp
 from pushforward.engine.request import Status
-from pushforward.errors import DeadlineExceeded, PushforwardError, Unavailable
-from pushforward.logs import fields
+from pushforward.errors import (
+    DeadlineExceeded,
+    Forbidden,
+    PushforwardError,
+    QuotaExceeded,
+    Unauthorized,
+    Unavailable,
+)
+from pushforward.logs import audit, fields
 from pushforward.metrics import Metrics
+from pushforward.spans import begin_request, end_request
+from pushforward.tracing import Tracing
 
-__all__ = ["Call", "Door", "Endpoint", "request_id"]
+__all__ = ["Call", "Door", "Endpoint", "request_id", "sent_key"]
 
 log = logging.getLogger("pushforward.request")
 
@@ -49,24 +60,40 @@ class Door:
         limits: how long requests may take.
         metrics: counts and times them.
         max_body_bytes: the largest body that is read.
+        keyring: who may ask; None when anyone may.
+        tracing: makes their spans; None for none.
     """
 
     admission: Admission
     limits: Limits
     metrics: Metrics
     max_body_bytes: int
+    keyring: keys.Keyring | None = None
+    tracing: Tracing | None = None
 
 
 class Call:
     """What the handler of a request is told, and what it leaves for the log."""
 
-    __slots__ = ("id", "logged", "path", "peer", "queue_s", "solve_s", "started", "ticket", "total_s")
+    __slots__ = (
+        "id",
+        "key",
+        "logged",
+        "path",
+        "peer",
+        "queue_s",
+        "solve_s",
+        "started",
+        "ticket",
+        "total_s",
+    )
 
     def __init__(self, scope: Scope) -> None:
         self.started = time.perf_counter()
         self.id = request_id(scope)
         self.path: dict[str, str] = scope["path_params"]
         self.peer: str | None = (scope.get("client") or [None])[0]
+        self.key: keys.Key | None = None
         self.logged: dict[str, Any] = {}
         self.ticket = Ticket()
         self.queue_s = self.solve_s = self.total_s = 0.0
@@ -83,8 +110,12 @@ class Call:
             f"solve;dur={1000 * self.solve_s:.3f}, total;dur={1000 * self.total_s:.3f}"
         )
 
-    def log(self, scope: Scope, status: int) -> None:
-        """Write the request's line."""
+    def trace_field(self) -> dict[str, str]:
+        """The field of its log lines that names its trace, if it has one."""
+        return {} if self.ticket.span is None else {"trace_id": self.ticket.span.trace_id}
+
+    def line(self, scope: Scope, status: int) -> dict[str, Any]:
+        """What the log says of it."""
         ticket = self.ticket
         if ticket.rows:
             ended = b"".join(result.status.tobytes() for result in ticket.results)
@@ -97,7 +128,8 @@ class Call:
                 "solve_ms": round(1000 * self.solve_s, 3),
             }
         told = {"request": self.id, "method": scope["method"], "path": scope["path"], "status": status}
-        log.info("request", extra={"fields": told | self.logged | {"wall_ms": round(1000 * self.total_s, 3)}})
+        wall = {"wall_ms": round(1000 * self.total_s, 3)}
+        return told | self.logged | wall | self.trace_field()
 
 
 class Endpoint(Generic[Query]):
@@ -108,6 +140,8 @@ class Endpoint(Generic[Query]):
         door: what all endpoints share.
         schema: what the body must be; None for an operation without a body, which solves nothing.
         status: of a good answer.
+        scope: what a key must have; None when none is needed. Requests for "admin" leave a line for audits.
+        path: under which it stands, for its spans.
     """
 
     def __init__(
@@ -116,12 +150,18 @@ class Endpoint(Generic[Query]):
         door: Door,
         schema: type[Query] | None = None,
         status: int = 200,
+        scope: keys.Scope | None = None,
+        path: str = "",
     ) -> None:
         self.handler = handler
         self.schema = schema
         self._validator = None if schema is None else TypeAdapter(schema).validator
         self._door = door
         self._status = status
+        self._keyring = None if scope is None else door.keyring
+        self._scope = scope
+        self._path = path
+        self._tracing = None if schema is None else door.tracing
         # A body that the queue could never hold is as good as one that is never read.
         self._max_body_bytes = min(door.max_body_bytes, door.admission.max_bytes)
         stages = ("total",) if schema is None else ("total", "admission", "queue", "solve")
@@ -131,10 +171,14 @@ class Endpoint(Generic[Query]):
         """Answer one request."""
         call, requests = Call(scope), self._door.metrics.requests
         outcome, fault, status = "cancelled", "", _HUNG_UP
+        if self._tracing is not None:
+            call.ticket.span = begin_request(self._tracing, scope, self._path)
         requests.enter()
         try:
             headers, body = {"content-type": "application/json", "x-request-id": call.id}, b""
             try:
+                if self._keyring is not None:
+                    self._identify(self._keyring, call, scope)
                 body = orjson.dumps(await self._content(call, scope, receive), option=_JSON)
                 outcome, status = "answered", self._status
             except HungUp:
@@ -144,7 +188,7 @@ class Endpoint(Generic[Query]):
                 status, headers, body = problem(error, call.id)
                 call.logged["error"] = error.message
             except Exception:
-                log.exception("request failed", extra=fields(request=call.id))
+                log.exception("request failed", extra=fields(request=call.id, **call.trace_field()))
                 mistake = PushforwardError(
                     "The server made a mistake; its log has the details under this request id."
                 )
@@ -161,7 +205,14 @@ class Endpoint(Generic[Query]):
         finally:
             requests.leave(self.handler.__name__, outcome, fault)
             # Told when the answer is on its way, which it is at the end of this turn of the event loop.
-            asyncio.get_running_loop().call_soon(self._tell, call, scope, status)
+            asyncio.get_running_loop().call_soon(self._tell, call, scope, status, outcome, fault)
+
+    def _identify(self, keyring: keys.Keyring, call: Call, scope: Scope) -> None:
+        assert self._scope is not None
+        key = call.key = keyring.identify(sent_key(scope["headers"]), self._scope)
+        call.logged["key"] = key.id
+        if key.has_quota:
+            call.ticket.quota = functools.partial(keyring.counted, key)
 
     async def _content(self, call: Call, scope: Scope, receive: Receive) -> Any:
         if self._validator is None:
@@ -189,11 +240,47 @@ class Endpoint(Generic[Query]):
                 whole.set_result(None)
                 return await self.handler(call, parsed(self._validator, body))
 
-    def _tell(self, call: Call, scope: Scope, status: int) -> None:
-        stages = (call.total_s, call.ticket.admitted_s, call.queue_s, call.solve_s)
-        for seconds, stage in zip(stages if call.ticket.rows else stages[:1], self._seconds, strict=False):
-            stage.observe(seconds)
-        call.log(scope, status)
+    def _tell(self, call: Call, scope: Scope, status: int, outcome: str, fault: str) -> None:
+        ticket = call.ticket
+        stages = (call.total_s, ticket.admitted_s, call.queue_s, call.solve_s)
+        exemplar = call.trace_field() if ticket.span is not None and ticket.span.sampled else None
+        for seconds, stage in zip(stages if ticket.rows else stages[:1], self._seconds, strict=False):
+            stage.observe(seconds, exemplar)
+        line = call.line(scope, status)
+        log.info("request", extra={"fields": line})
+        if ticket.span is not None:
+            admitted = ticket.arrived + ticket.admitted_s if ticket.rows else None
+            reply = None if status == _HUNG_UP else ticket.arrived + call.total_s
+            end_request(ticket.span, line, outcome, fault, admitted, reply)
+        if self._scope == "admin":
+            audit(
+                self.handler.__name__,
+                **call.path,
+                key=None if call.key is None else call.key.id,
+                name=None if call.key is None else call.key.name,
+                peer=call.peer,
+                outcome="done" if status == self._status else "refused",
+                status=status,
+                request=call.id,
+            )
+
+
+def sent_key(headers: Headers) -> bytes | None:
+    """The key in ``Authorization: Bearer …`` or ``X-API-Key``; None when there is none.
+
+    Raises:
+        Unauthorized: when there are several: who sent which would be a guess.
+    """
+    sent = None
+    for name, value in headers:
+        if name == b"authorization" and value[:7].lower() == b"bearer ":
+            value = value[7:]
+        elif name != b"x-api-key":
+            continue
+        if sent is not None:
+            raise Unauthorized("There are several API keys in this request: send one.")
+        sent = value.strip()
+    return sent
 
 
 def request_id(scope: Scope) -> str:
@@ -207,4 +294,7 @@ def request_id(scope: Scope) -> str:
 def _outcome(error: PushforwardError) -> str:
     if isinstance(error, DeadlineExceeded):
         return "expired"
-    return "refused" if isinstance(error, Unavailable) else "failed"
+    return "refused" if isinstance(error, _REFUSALS) else "failed"
+
+
+_REFUSALS = (Unavailable, Unauthorized, Forbidden, QuotaExceeded)

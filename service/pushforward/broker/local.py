@@ -3,8 +3,8 @@
 A worker owes a sign of life while it holds chunks: its loop sends a ``Beat`` as long as it makes progress.
 One that is silent for too long is killed, which is the same as if it had died: another takes its place, its
 chunks are handed out again (see ``leases``), and whatever it might still have said can no longer be heard. A
-worker that holds nothing is asked for a beat now and then, so that it is found stuck before a request finds
-it.
+worker that holds nothing is asked for a beat now and then, for which it solves a golden row: so it is found
+stuck or wrong before a request finds it.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from pushforward.broker.process import Process
 from pushforward.errors import PushforwardError, Unavailable, from_code
 from pushforward.logs import fields
 from pushforward.messages import (
+    UNSOUND,
     Beat,
     Cancel,
     Failed,
@@ -38,14 +39,16 @@ from pushforward.messages import (
     Work,
 )
 from pushforward.metrics import EngineCollector
+from pushforward.tracing import trace_field
 
 __all__ = ["LocalBroker"]
 
 log = logging.getLogger(__name__)
 
+_LEAVING = "The server is shutting down."
 _MAX_DELAY_S = 5.0
 _BOOT_S = 60.0  # a new process may be silent for this long
-_GRACE_S = 1.0  # after a deadline, for the worker's own account of it to arrive
+_GRACE_S = 1.0  # after a deadline, for the account of it to arrive of the worker that has the chunk
 _LOOK_S = 0.25  # between two looks for deadlines that workers have let pass
 _STEPS = 20  # steps that a worker may be silent for, whatever ``stall_s`` is
 
@@ -98,7 +101,7 @@ class LocalBroker:
         self._orders: dict[tuple[str, int], Load | Unload] = {}  # for workers that start later
         self._tasks: list[asyncio.Task[None]] = []
         self._exit: int | None = None
-        self._closing = False
+        self._closing = self._closed = False
 
     @property
     def workers(self) -> list[int]:
@@ -130,6 +133,8 @@ class LocalBroker:
 
     async def submit(self, work: Work) -> Result:
         """Have a chunk solved; see ``Broker.submit``."""
+        if self._closed:
+            raise Unavailable(_LEAVING)
         answer: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         lease = self._leases.add(work)
         lease.queued = time.monotonic()
@@ -142,12 +147,14 @@ class LocalBroker:
             holder = self._leases.settle(lease)
             if holder is not None:  # nobody waits any more, but the rows are there
                 self._send(holder.worker, Cancel(work.id))
+                if not holder.leases:  # or a stuck worker would get away with chunks that are soon cancelled
+                    self._probe(holder.worker)
             self._hand_out()
 
     def unavailable(self) -> str | None:
         """Why work sent now would have to wait; None when it would not."""
         if self._closing:
-            return "The server is shutting down."
+            return _LEAVING
         ready = [worker for worker in self._workers if worker.holder is not None and worker.holder.ready]
         if not ready:
             if any(worker.failures for worker in self._workers):
@@ -177,12 +184,13 @@ class LocalBroker:
     async def close(self) -> None:
         """Let go of the workers; chunks still in flight fail with ``Unavailable``."""
         self.drain()
+        self._closed = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         for answer in self._answers.values():
             if not answer.done():
-                answer.set_exception(Unavailable("The server is shutting down."))
+                answer.set_exception(Unavailable(_LEAVING))
         await asyncio.gather(
             *(worker.process.end() for worker in self._workers if worker.process is not None)
         )
@@ -203,10 +211,10 @@ class LocalBroker:
                     continue
             process = worker.process
             worker.holder = holder = Holder(worker)
+            self._leases.holders.append(holder)
             worker.heard, worker.probed, worker.cause = time.monotonic() + _BOOT_S, False, "died"
             worker.longest_step_s = 0.0
             await process.connect(functools.partial(self._receive, worker))
-            self._leases.holders.append(holder)
             for order in self._orders.values():
                 process.send(order)
             await process.lost()
@@ -214,6 +222,8 @@ class LocalBroker:
             self._bury(worker, holder, process.pid)
 
     def _bury(self, worker: _Worker, holder: Holder[_Worker], pid: int) -> None:
+        if self._exit == UNSOUND:
+            worker.cause = "unsound"
         worker.failures = 1 if holder.ready else worker.failures + 1
         worker.process = worker.holder = None
         worker.models = {}
@@ -234,9 +244,13 @@ class LocalBroker:
 
     async def _keep_watch(self) -> None:
         """Replace workers that owe progress and make none."""
+        looked = time.monotonic()
         while True:
             await asyncio.sleep(min(1.0, self._stall_s / 4))
-            now = time.monotonic()
+            now, before = time.monotonic(), looked
+            looked = now
+            if now - before > self._stall_s / 2:
+                continue  # this process was held up: what workers have said meanwhile is still to be read
             for worker in self._workers:
                 silence = now - worker.heard
                 if worker.process is None or worker.holder is None:
@@ -246,8 +260,14 @@ class LocalBroker:
                         worker.cause = "stuck"
                         worker.process.kill()
                 elif silence > self._stall_s:
-                    worker.probed, worker.heard = True, now
-                    self._send(worker, Probe())
+                    worker.heard = now
+                    self._probe(worker)
+
+    def _probe(self, worker: _Worker) -> None:
+        """Ask for a sign of life, which is owed from now on."""
+        if not worker.probed:
+            worker.probed = True
+            self._send(worker, Probe())
 
     def _limit_s(self, worker: _Worker) -> float:
         """How long a worker may owe progress: a batch whose steps are long must not be taken for stuck."""
@@ -257,8 +277,9 @@ class LocalBroker:
         """Give up chunks whose worker is silent about a deadline that has passed."""
         while True:
             await asyncio.sleep(_LOOK_S)
-            latest = time.time() - _GRACE_S
+            now = time.time()
             for lease in self._leases:
+                latest = now if lease.holder is None else now - _GRACE_S
                 if lease.work.deadline is not None and lease.work.deadline < latest:
                     self._fail(lease.work.id, TimeoutError())
 
@@ -272,7 +293,9 @@ class LocalBroker:
                 worker.heard = time.monotonic()  # it owes progress from now on
             if lease.attempts == ATTEMPTS:
                 self._collector.quarantined += 1
-                log.warning("chunk in quarantine", extra=fields(chunk=lease.work.id))
+                log.warning(
+                    "chunk in quarantine", extra=fields(chunk=lease.work.id, **trace_field(lease.work.trace))
+                )
             lease.handed_out = time.monotonic()
             self._send(worker, msgspec.structs.replace(lease.work, fence=lease.attempts))
 
@@ -287,10 +310,11 @@ class LocalBroker:
                 lease = self._leases.find(message.id)
                 if lease is None or lease.holder is not worker.holder or lease.attempts != message.fence:
                     return  # the caller has gone, or another has the chunk now
+                self._leases.settle(lease)
+                self._hand_out()
                 if isinstance(message, Failed):
                     self._fail(message.id, from_code(message.code, message.message, message.detail))
                 else:
-                    self._settle(lease)
                     answer = self._answers[message.id]
                     if not answer.done():
                         waited = lease.handed_out - lease.queued
@@ -313,10 +337,6 @@ class LocalBroker:
                 )
                 log.info("worker ready", extra=extra)
                 self._hand_out()
-
-    def _settle(self, lease: Lease[_Worker]) -> None:
-        self._leases.settle(lease)
-        self._hand_out()
 
     def _fail(self, id: str, error: Exception) -> None:
         answer = self._answers.get(id)

@@ -1,4 +1,4 @@
-"""The command line: ``pushforward serve``, ``worker``, ``train``, ``models``, ``score``, ``sample``."""
+"""The commands: ``pushforward serve``, ``worker``, ``train``, ``models``, ``keys``, ``score``, ``sample``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Annotated
 import typer
 
 from pushforward import __version__
-from pushforward.cli import models, work
+from pushforward.cli import keys, models, work
 from pushforward.cli.common import plain, say, show
 from pushforward.errors import PushforwardError, UsageError
 
@@ -27,6 +27,7 @@ app = typer.Typer(
 for command in (work.serve, work.worker, work.train, work.score, work.sample):
     app.command()(command)
 app.add_typer(models.app, name="models")
+app.add_typer(keys.app, name="keys")
 
 
 @app.callback()

@@ -9,11 +9,13 @@ import typer
 
 from pushforward.settings import PREFIX
 
-__all__ = ["Store", "Version", "plain", "say", "show"]
+__all__ = ["Config", "Store", "Version", "plain", "say", "show"]
 
 Store = Annotated[
-    Path | None, typer.Option(help=f"Folder of the model store ({PREFIX}STORE).", show_default="model_store")
+    str | None,
+    typer.Option(help=f"Folder or URL of the model store ({PREFIX}STORE).", show_default="model_store"),
 ]
+Config = Annotated[Path | None, typer.Option(help=f"File with settings, in TOML ({PREFIX}CONFIG).")]
 Version = Annotated[
     str | None, typer.Option(help="Version number or label.", show_default="stable, else the newest")
 ]

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, get_origin
 
 import typer
 
-from pushforward.cli.common import Store, Version, say
+from pushforward.cli.common import Config, Store, Version, say
 from pushforward.errors import UsageError
 from pushforward.settings import Settings, load_settings
 
@@ -58,9 +58,9 @@ def _with_settings(command: Callable[..., None]) -> Callable[..., None]:
 def serve(**flags: Any) -> None:
     """Serve the models of a store over HTTP.
 
-    Every option can be set by an environment variable too: --max-rows by PUSHFORWARD_MAX_ROWS and so on;
-    the option wins. The API is described at /docs of the running server. SIGTERM or Ctrl-C lets it finish
-    what it has taken, then exit.
+    Every option can be set by an environment variable too, --max-rows by PUSHFORWARD_MAX_ROWS and so on, or
+    by a line max_rows = … in the file of --config; the option wins, then the variable. The API is described
+    at /docs of the running server. SIGTERM or Ctrl-C lets it finish what it has taken, then exit.
     """
     from pushforward import bootstrap
 
@@ -84,6 +84,7 @@ def score(
     model: Name,
     version: Version = None,
     store: Store = None,
+    config: Config = None,
     output: Output = None,
     alpha: Annotated[
         float, typer.Option(help="Flag a row when its p-value is at most this.", min=0, max=1)
@@ -114,7 +115,7 @@ def score(
 
     asyncio.run(
         offline.score(
-            load_settings(store=store),
+            load_settings(store=store, config=config),
             file,
             model,
             version,
@@ -144,6 +145,7 @@ def sample(
     log_density: Annotated[bool, typer.Option("--log-density", help="Add a column with log p.")] = False,
     version: Version = None,
     store: Store = None,
+    config: Config = None,
     output: Output = None,
     rtol: Rtol = None,
     atol: Atol = None,
@@ -158,7 +160,7 @@ def sample(
         say(f"seed {seed}")
     asyncio.run(
         offline.sample(
-            load_settings(store=store),
+            load_settings(store=store, config=config),
             count,
             seed,
             model,
@@ -176,6 +178,7 @@ def train(
     file: Annotated[Path, typer.Argument(help="Table: .csv, .parquet, .npy, or .npz with X and perhaps y.")],
     name: Annotated[str, typer.Option(help="Name of the model; its next version is published.")],
     store: Store = None,
+    config: Config = None,
     label: Annotated[
         str | None,
         typer.Option(help="Column that is 1 for anomalies: left out of training, and used for the report."),
@@ -227,7 +230,7 @@ def train(
     Splits the rows, standardises, trains with a progress bar, calibrates on held-out rows, measures the error
     of the log-density, and publishes the next version of the model. Needs the extra "train" (torch).
     """
-    settings = load_settings(store=store)
+    settings = load_settings(store=store, config=config)
     try:
         from pushforward.training.recipe import Recipe
         from pushforward.training.train import Options, run
@@ -251,6 +254,7 @@ def train(
         file,
         name,
         settings.store,
+        cache=settings.cache,
         label=label,
         context=_names(context) or (),
         columns=_names(columns),

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from types import TracebackType
 
 from pushforward.broker.base import full
-from pushforward.errors import DeadlineExceeded, LimitExceeded, PushforwardError, Unavailable
+from pushforward.errors import DeadlineExceeded, LimitExceeded, PushforwardError, QuotaExceeded, Unavailable
 from pushforward.metrics import Tally
 
 __all__ = ["Admission", "HungUp", "Place"]
@@ -57,7 +57,8 @@ class Admission:
         """Take rows and bytes in, all or nothing, for as long as the block of the place runs.
 
         Args:
-            rows: how many; 0 when that is not known yet, for which there must be room for one.
+            rows: how many; 0 when that is not known yet. Such a request is let in even while there is no room
+                for rows: only its body says whether it could come back later, or never fits.
             nbytes: how many.
             beside: what the same request holds already.
 
@@ -65,7 +66,7 @@ class Admission:
             LimitExceeded: when there would be no room even if nobody else were here.
             Unavailable: when there is no room now; says when there will be.
         """
-        if self.rows + (rows or 1) > self.max_rows or self.nbytes + nbytes > self.max_bytes:
+        if self.rows + rows > self.max_rows or self.nbytes + nbytes > self.max_bytes:
             raise self._refusal(rows, nbytes, beside)
         self._change(rows, nbytes)
         self.tally.enter(rows)
@@ -74,7 +75,7 @@ class Admission:
     def _refusal(self, rows: int, nbytes: int, beside: Place | None) -> PushforwardError:
         own_rows, own_bytes = (0, 0) if beside is None else (beside.rows, beside.nbytes)
         asks = (
-            ("rows", rows or 1, own_rows, self.rows, self.max_rows),
+            ("rows", rows, own_rows, self.rows, self.max_rows),
             ("bytes", nbytes, own_bytes, self.nbytes, self.max_bytes),
         )
         for what, asked, own, _, limit in asks:
@@ -137,9 +138,9 @@ class Place:
                 outcome = "cancelled"
             elif isinstance(error, DeadlineExceeded):
                 outcome = "expired"
-            elif isinstance(error, Unavailable):
+            elif isinstance(error, Unavailable | QuotaExceeded):
                 outcome = "refused"
-                if "reason" in error.detail:
+                if isinstance(error, Unavailable) and "reason" in error.detail:
                     self._admission.refused[error.detail["reason"]] += 1
             self.leave(outcome, self.rows)
         self.shrink(0)

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ from pushforward.dataplane.request import Limits, Options, Ticket
 from pushforward.engine.request import Kind, Status
 from pushforward.errors import DeadlineExceeded, InvalidInput
 from pushforward.messages import Result, Work
+from pushforward.spans import traced
 from pushforward.store.manifest import Manifest
 
 __all__ = ["Dispatcher", "first_rows"]
@@ -28,6 +30,7 @@ __all__ = ["Dispatcher", "first_rows"]
 Floats = npt.NDArray[np.float64]
 
 _ROWS_OUT = 1024  # rows of a request that are with the workers at once: some batches full
+_UNCOUNTED_S = 3600.0  # how long rows without a deadline count as asked for, if nobody says they are done
 _OUTCOMES = {Status.OUTSIDE_SUPPORT: "answered", Status.CANCELLED: "cancelled", Status.DEADLINE: "expired"}
 
 
@@ -82,6 +85,7 @@ class Dispatcher:
             InvalidInput: when there are no rows.
             LimitExceeded: when there are more than one request may have.
             Unavailable: when there is no room for them now.
+            QuotaExceeded: when their owner may not ask for so many now.
             DeadlineExceeded: when it is too late already.
         """
         if rows < 1:
@@ -98,7 +102,13 @@ class Dispatcher:
         with self._admission.admit(rows, nbytes, ticket.body) as place:
             await self._broker.admit(rows, nbytes)
             ticket.rows, ticket.admitted_s = rows, time.time() - ticket.arrived
-            yield Admitted(manifest, options, ticket, place, timeout_s)
+            admitted = Admitted(manifest, options, ticket, place, timeout_s)
+            if ticket.quota is None:
+                yield admitted
+            else:
+                left_s = _UNCOUNTED_S if timeout_s is None else timeout_s - elapsed_s
+                async with ticket.quota(rows, left_s):
+                    yield admitted
 
     async def solve(
         self,
@@ -145,6 +155,9 @@ class Dispatcher:
                 request=request,
             )
 
+        submit = self._broker.submit
+        if ticket.span is not None and ticket.span.sampled:
+            submit = partial(traced, ticket.span, submit)
         places = list(itertools.product(times, range(0, count, size)))
         results: dict[int, Result] = {}
         late: list[Floats] = []
@@ -154,7 +167,7 @@ class Dispatcher:
             for number, place in waiting:
                 if late:  # the chunks that are out are told the same, and how far they came
                     return
-                result = results[number] = await self._broker.submit(work(number, *place))
+                result = results[number] = await submit(work(number, *place))
                 ticket.results.append(result)
                 _leave(admitted.place, result)
                 if Status.DEADLINE in result.status.tobytes():

@@ -58,6 +58,7 @@ class Dataplane:
     - ``InvalidInput`` when there are no rows, or the context does not fit;
     - ``LimitExceeded`` when there are too many rows, or the deadline is too far away;
     - ``Unavailable`` when there is no room for the rows now;
+    - ``QuotaExceeded`` when the ticket's owner may not ask for so many now;
     - ``DeadlineExceeded`` when the deadline passed first: no part of the answer is given;
     - ``InvalidModel`` when the version cannot be loaded.
 
@@ -132,7 +133,7 @@ class Dataplane:
             fdr: flag by Benjamini–Hochberg over these rows instead, at this false discovery rate.
             explain: whether to attribute the scores to features, for which D·q more rows are solved for each.
         """
-        calibration = model.calibration
+        calibration = await model.calibration()
         count, choices = len(x), explain * calibration.quantiles.size
         what = "itself, and every feature at every quantile to explain it"
         async with self._dispatcher.admit(

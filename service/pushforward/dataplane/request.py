@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -11,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from pushforward.dataplane.admission import Place
 from pushforward.errors import LimitExceeded
 from pushforward.messages import Result
+from pushforward.tracing import Span
 
 __all__ = ["Limits", "Options", "Ticket"]
 
@@ -95,21 +98,26 @@ class Ticket:
         body: what it holds of the queue already.
 
     Attributes:
+        quota: counts its rows for as long as a block runs, given their number and the seconds to its
+            deadline; None when nobody counts them.
         arrived: Unix time in seconds.
         rows: that are integrated for it.
         admitted_s: seconds from its arrival until they were admitted.
         results: answers of chunks so far.
+        span: that of the request, if it is traced.
     """
 
-    __slots__ = ("admitted_s", "arrived", "body", "results", "rows", "timeout_ms")
+    __slots__ = ("admitted_s", "arrived", "body", "quota", "results", "rows", "span", "timeout_ms")
 
     def __init__(self, timeout_ms: int | None = None, body: Place | None = None) -> None:
         self.arrived = time.time()
         self.timeout_ms = timeout_ms
         self.body = body
+        self.quota: Callable[[int, float], AbstractAsyncContextManager[None]] | None = None
         self.rows = 0
         self.admitted_s = 0.0
         self.results: list[Result] = []
+        self.span: Span | None = None
 
     @property
     def queue_s(self) -> float:

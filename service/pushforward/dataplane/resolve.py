@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
 from pushforward.errors import InvalidModel, NotFound
 from pushforward.messages import ModelState
 from pushforward.scoring.calibration import Calibration
-from pushforward.store.catalog import Catalog
+from pushforward.store.catalog import Catalog, ModelVersion
 from pushforward.store.manifest import Manifest, sha256_file
 
 __all__ = ["CANARY_LABEL", "Model", "Resolver"]
@@ -31,15 +32,25 @@ class Model:
 
     manifest: Manifest
     folder: Path
+    catalog: Catalog
+    _reading: asyncio.Lock = field(default_factory=asyncio.Lock, compare=False)
 
-    @cached_property
-    def calibration(self) -> Calibration:
+    async def calibration(self) -> Calibration:
         """Held-out log-densities and quantiles, read when they are first needed.
 
         Raises:
             InvalidModel: when the file is not the one that was published.
+            Unavailable: when it must come from a store that cannot be read.
         """
+        if "_calibration" not in vars(self):
+            async with self._reading:  # one thread at most waits for the store
+                return await asyncio.to_thread(lambda: self._calibration)
+        return self._calibration
+
+    @cached_property
+    def _calibration(self) -> Calibration:
         path = self.folder / "calibration.safetensors"
+        self.catalog.fetch(ModelVersion(self.manifest, self.folder), path.name)
         calibration = Calibration.load(path)
         if sha256_file(path) != self.manifest.files[path.name].sha256:
             file = "/".join(path.parts[-3:])
@@ -166,7 +177,7 @@ class Resolver:
     def _model(self, name: str, number: int) -> Model:
         if (name, number) not in self._models:
             found = self._catalog.resolve(name, number)
-            self._models[name, number] = Model(found.manifest, found.folder)
+            self._models[name, number] = Model(found.manifest, found.folder, self._catalog)
         return self._models[name, number]
 
 

@@ -162,7 +162,11 @@ class Engine:
     def cancel(self, id: str) -> Answer | None:
         """Take a chunk out at once; returns its answer so far, or None when it is not here (any more)."""
         key = self._keys.get(id)
-        return None if key is None else self._evict(key, Status.CANCELLED, self._clock())
+        if key is not None:
+            return self._evict(key, Status.CANCELLED, self._clock())
+        done = next((answer for answer in self._finished if answer.id == id), None)
+        self._finished = [answer for answer in self._finished if answer is not done]
+        return done
 
     def forget(self, model: str, version: int) -> None:
         """Drop the idle pools of a model version that is being unloaded; see ``rows_of`` for the others."""

@@ -8,7 +8,7 @@ import numpy as np
 import onnxruntime
 from numpy.typing import NDArray
 
-from pushforward.errors import InvalidModel, UsageError
+from pushforward.errors import InvalidModel, UsageError, brief
 from pushforward.programs.devices import provider
 
 __all__ = ["Program"]
@@ -41,7 +41,7 @@ class Program:
             self._session = onnxruntime.InferenceSession(data, options, providers=[wanted])
         except Exception as error:
             raise InvalidModel(
-                f"{name} is not a program that ONNX Runtime can load: {_first_line(error)}"
+                f"{name} is not a program that ONNX Runtime can load: {brief(error)}"
             ) from error
         if self._session.get_providers()[0] != wanted[0]:  # it falls back on the CPU without an error
             raise UsageError(
@@ -60,7 +60,3 @@ class Program:
             inputs = tuple(np.concatenate([a, np.repeat(a[-1:], padding, axis=0)]) for a in inputs)
         outputs: Sequence[Matrix] = self._session.run(None, dict(zip(self.inputs, inputs, strict=True)))
         return [a[:rows] for a in outputs] if padding else list(outputs)
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().split("\n", 1)[0][:300]

@@ -4,20 +4,15 @@
 
     publish(field, store="model_store", name="moons", calibration=held_out_rows)
 
-Everything happens in a hidden folder beside the models; the last act is one rename, so a version is there
-whole or not at all, whatever interrupts.
+Everything happens in a folder beside the models; the last act gives the version its name, so that it is there
+whole or not at all, whatever interrupts: see ``place``.
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import math
-import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -36,6 +31,7 @@ from pushforward.loading import default_chunk, load_model, run_chunk, sample_chu
 from pushforward.programs.export import export_programs
 from pushforward.publish.card import model_card
 from pushforward.publish.certify import Draft, Rows, certify, gather
+from pushforward.publish.place import place_at
 from pushforward.publish.recognise import recognise
 from pushforward.scoring.calibration import Calibration
 from pushforward.solvers.solve import log_density
@@ -77,7 +73,7 @@ def publish(
             and z [B, D], as torchdiffeq's fields do.  Perceptrons of one or two hidden layers are recognised
             and get the closed-form divergence; others are differentiated automatically, and must also take t
             [B, 1].
-        store: folder of the model store; made if missing.
+        store: folder of the model store, made if missing; or a URL such as s3://bucket/prefix.
         name: of the model.
         calibration: held-out raw rows x [n, D], which the fit never saw; they make the p-values and the
             certificate.
@@ -105,6 +101,7 @@ def publish(
     Raises:
         InvalidInput: when the arguments do not fit together; says which and how.
         PublishFailed: when the version misses its own checks or cannot be written.
+        Conflict: when another publisher took the number, which only can be at a URL: publish again.
     """
     x, c = _checked(calibration, calibration_context)
     features = _names(features, "x", x.shape[1], "features")
@@ -133,8 +130,8 @@ def publish(
     chosen = exact if probes is None else Hutchinson(exact, probes)
     identity = Standardize(torch.zeros(x.shape[1]), torch.ones(x.shape[1]))
     flow = Flow(chosen, transform or identity, t_base, t_data).cpu().eval()
-    root = Path(store)
-    with _staging(root) as staging:
+    place = place_at(store)
+    with place.staging() as staging:
         folder = staging / name / "draft"
         (folder / "programs").mkdir(parents=True)
         files = export_programs(
@@ -179,14 +176,11 @@ def publish(
         entries = {
             f: FileEntry(sha256=sha256_file(folder / f), bytes=(folder / f).stat().st_size) for f in names
         }
-        with _alone(root / name):
+        with place.next_number(name) as number:
             manifest = Manifest(
                 format_version=1,
                 name=name,
-                version=1
-                + max(
-                    (int(path.name) for path in (root / name).iterdir() if path.name.isdecimal()), default=0
-                ),
+                version=number,
                 created=datetime.now(UTC).isoformat(timespec="seconds"),
                 description=description,
                 features=features,
@@ -205,12 +199,11 @@ def publish(
                 data=dict(data or {}),
             )
             (folder / MANIFEST).write_bytes(manifest.to_bytes())
-            folder = folder.rename(folder.with_name(str(manifest.version)))
+            folder = folder.rename(folder.with_name(str(number)))
             advance("checking")
             load_model(folder)
-            _sync(folder)
-            folder.rename(root / name / folder.name)
-            _sync(root / name, recurse=False)
+            advance("writing")
+            place.put(folder)
     return manifest
 
 
@@ -287,49 +280,3 @@ def _golden(draft: Draft, solver: Solver, rows: Rows) -> bytes:
         "decoded": run_chunk(draft, sample_chunk(solver, z, context)).value,
     }
     return save_arrays(arrays if context is None else {**arrays, "context": context})
-
-
-@contextmanager
-def _staging(root: Path) -> Iterator[Path]:
-    """A hidden folder in the store that is gone afterwards; what cannot be written is PublishFailed."""
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        folder = Path(tempfile.mkdtemp(prefix=".publishing-", dir=root))
-    except OSError as error:
-        raise PublishFailed(f"The store {root.name} cannot be written: {error.strerror}.") from error
-    try:
-        yield folder
-    except OSError as error:
-        raise PublishFailed(
-            f"The version could not be written: {error.strerror}. "
-            "Nothing was published; the store is as it was."
-        ) from error
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """One publisher at a time per model, so that version numbers do not collide."""
-    made = not folder.exists()
-    folder.mkdir(parents=True, exist_ok=True)
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    except BaseException:
-        if made and not any(folder.iterdir()):
-            folder.rmdir()
-        raise
-    finally:
-        os.close(descriptor)
-
-
-def _sync(folder: Path, recurse: bool = True) -> None:
-    """Have the disk keep what was written before it is named."""
-    for path in [*(folder.rglob("*") if recurse else ()), folder]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)

@@ -34,11 +34,11 @@ from pushforward.store.manifest import (
     shown,
 )
 
-__all__ = ["DEFAULT_LABEL", "LABELS", "Catalog", "ModelVersion"]
+__all__ = ["DEFAULT_LABEL", "LABELS", "LABELS_MAX_BYTES", "Catalog", "ModelVersion"]
 
 DEFAULT_LABEL = "stable"
 LABELS = "labels.json"
-_LABELS_MAX_BYTES = 1 << 16
+LABELS_MAX_BYTES = 1 << 16
 _LABELS = TypeAdapter(dict[str, int])
 _NUMBER = re.compile(r"[1-9][0-9]{0,8}")  # [0-9]: \d would let other scripts' digits through
 
@@ -61,6 +61,21 @@ class Catalog:
     def __init__(self, root: Path) -> None:
         self.root = Path(root)
 
+    def open(self) -> None:
+        """Look whether there is a store.
+
+        Raises:
+            NotFound: when there is none.
+        """
+        self.models()
+
+    def followed(self, seconds: float) -> contextlib.AbstractContextManager[None]:
+        """Keep up with the store while the block runs: a folder is read anew whenever it is asked."""
+        return contextlib.nullcontext()
+
+    def fetch(self, found: ModelVersion, *paths: str) -> None:
+        """Have files of a version, all unless given, in its folder: here they are."""
+
     def models(self) -> list[str]:
         """Names of the models that have at least one version, sorted.
 
@@ -71,8 +86,8 @@ class Catalog:
             return [name for name in _folders(self.root) if is_name(name) and self._numbers(name)]
         except OSError as error:
             raise NotFound(
-                f"There is no model store at {self.root} ({error.strerror}): name another with --store, "
-                "or make one by publishing a model with `pushforward train`."
+                f"There is no model store at {self.root.absolute().name} ({error.strerror}): "
+                "name another with --store, or make one by publishing a model with `pushforward train`."
             ) from None
 
     def versions(self, name: str) -> list[int]:
@@ -101,7 +116,7 @@ class Catalog:
         if not os.path.lexists(path):
             return {}
         try:
-            labels = _LABELS.validate_json(read_small_file(path, _LABELS_MAX_BYTES, file), strict=True)
+            labels = _LABELS.validate_json(read_small_file(path, LABELS_MAX_BYTES, file), strict=True)
         except ValidationError as error:
             what = error.errors()[0]["msg"]
             raise InvalidModel(f"{file} is not an object of label → version: {what}.", file=file) from None

@@ -13,6 +13,7 @@ from rich.table import Table as RichTable
 
 from pushforward.publish import publish
 from pushforward.store.manifest import Manifest, check_name
+from pushforward.store.opening import folder_of
 from pushforward.tables import read_table
 from pushforward.training import card, evaluate
 from pushforward.training.data import (
@@ -66,8 +67,9 @@ class Source:
 def run(
     path: Path,
     name: str,
-    store: Path,
+    store: Path | str,
     *,
+    cache: Path | None = None,
     label: str | None = None,
     context: Sequence[str] = (),
     columns: Sequence[str] | None = None,
@@ -81,7 +83,8 @@ def run(
     Args:
         path: CSV, Parquet, npy, or npz with X and, optionally, y, which is the label if no other is named.
         name: of the model.
-        store: directory of the model store.
+        store: folder or URL of the model store.
+        cache: where checkpoints are kept when the store is at a URL, as ``settings.Settings.cache`` says it.
         label: column that is 1 for anomalies.
         context: columns to condition on.
         columns: the features; all the others when None.
@@ -95,6 +98,7 @@ def run(
         Conflict: the checkpoint to resume belongs to other data or settings.
         TrainingFailed: the fit came to nothing.
         PublishFailed: the version missed its own checks, or could not be written.
+        UsageError: the store is at a URL that cannot be opened.
     """
     check_name(name)
     names, values = read_table(path)
@@ -102,16 +106,19 @@ def run(
         label = "y"
     table = read_columns(names, values, label=label, context=context, columns=columns)
     source = Source(description, source=path.name)
-    return train(table, name, store, options or Options(), source, resume=resume, console=console)
+    return train(
+        table, name, store, options or Options(), source, cache=cache, resume=resume, console=console
+    )
 
 
 def train(
     table: Table,
     name: str,
-    store: Path,
+    store: Path | str,
     options: Options,
     source: Source,
     *,
+    cache: Path | None = None,
     resume: bool = False,
     console: Console | None = None,
 ) -> Manifest:
@@ -131,7 +138,7 @@ def train(
         logit=options.logit,
         others=np.concatenate([parts.validation.rows, parts.held_out.rows]),
     )
-    checkpoint = store / ".training" / f"{name}.safetensors"
+    checkpoint = folder_of(store, cache) / ".training" / f"{name}.safetensors"
     if checkpoint.exists() and not resume:
         checkpoint.unlink()
     began = time.monotonic()

@@ -18,11 +18,11 @@ import time
 from dataclasses import dataclass
 
 import msgspec
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import ResponseError
 
 from pushforward.broker.base import ATTEMPTS
 from pushforward.broker.local import LocalBroker
-from pushforward.broker.redis.link import PREFIX, Link, endlessly
+from pushforward.broker.redis.link import FAULTS, PREFIX, Link, cancelled, endlessly
 from pushforward.broker.redis.words import Announcement, encode_announcement
 from pushforward.errors import DeadlineExceeded, PushforwardError, Unavailable
 from pushforward.logs import fields
@@ -100,7 +100,7 @@ class Puller:
         self._draining = True
         end = time.monotonic() + patience_s
         pulling, *others = self._tasks
-        await _cancelled(pulling)  # with chunks, perhaps, that it will never hear of
+        await cancelled(pulling)  # with chunks, perhaps, that it will never hear of
         with contextlib.suppress(Unavailable):
             if self._held:
                 await self._link.call("release", self.id, *self._held)
@@ -112,7 +112,7 @@ class Puller:
             except TimeoutError:
                 break
         rest = [held.task for held in self._held.values() if held.task is not None]
-        await _cancelled(*others, *rest)
+        await cancelled(*others, *rest)
         try:
             await self._link.call("release", self.id)
         except Unavailable:  # their leases run out
@@ -180,7 +180,7 @@ class Puller:
         command = "XREADGROUP", *group, *wait, "STREAMS", *names, *[">"] * len(names)
         try:
             (found,) = await self._reader.send([command], _WAIT_S)
-        except (TimeoutError, RedisError, OSError):
+        except FAULTS:
             raise Unavailable("The queue is lost.") from None
         if isinstance(found, ResponseError):
             if not str(found).startswith("NOGROUP"):
@@ -314,11 +314,5 @@ class Puller:
                     async for message in channel.listen():
                         if message["type"] == "message":
                             self._drop(message["data"].decode())
-            except (TimeoutError, RedisError, OSError):
+            except FAULTS:
                 await asyncio.sleep(_RETRY_S)
-
-
-async def _cancelled(*tasks: asyncio.Task[None]) -> None:
-    for task in tasks:
-        task.cancel()
-    await asyncio.gather(*tasks, return_exceptions=True)

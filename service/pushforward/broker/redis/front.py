@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import msgspec
-from redis.exceptions import RedisError, ResponseError
+from redis.exceptions import ResponseError
 
 from pushforward.broker.base import full, merge_models
-from pushforward.broker.redis.link import PREFIX, Link, endlessly
+from pushforward.broker.redis.link import FAULTS, PREFIX, Link, cancelled, endlessly
 from pushforward.broker.redis.words import Announcement, decode_announcement
 from pushforward.errors import PushforwardError, Unavailable, from_code
 from pushforward.logs import fields
@@ -168,9 +168,7 @@ class RedisBroker:
             chunk.fail(Unavailable("The server is shutting down."))
         await asyncio.sleep(0)  # for those who wait to take them off
         await asyncio.gather(*self._calls)
-        for task in self._tasks:
-            task.cancel()
-        await asyncio.gather(*self._tasks, return_exceptions=True)
+        await cancelled(*self._tasks)
         await self._link.close()
         await self._replies.close()
 
@@ -215,7 +213,7 @@ class RedisBroker:
                 for answer in (forgot, found):
                     if isinstance(answer, ResponseError):
                         raise answer
-            except (TimeoutError, RedisError, OSError):
+            except FAULTS:
                 await asyncio.sleep(_TELL_S)
                 continue
             read = [b"0-1"]  # no entry has this number

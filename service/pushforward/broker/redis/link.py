@@ -27,11 +27,13 @@ from pushforward.connections import connect, shown
 from pushforward.errors import Unavailable
 from pushforward.logs import fields
 
-__all__ = ["PREFIX", "Link", "endlessly", "scripts"]
+__all__ = ["FAULTS", "PREFIX", "Link", "cancelled", "endlessly", "scripts"]
 
 log = logging.getLogger(__name__)
 
 PREFIX = "{pushforward}:"
+# How a connection fails: writing to one that has just been closed is a RuntimeError to uvloop.
+FAULTS = (TimeoutError, RedisError, OSError, RuntimeError)
 _ANSWER_S = 2.0  # a server that does not answer for so long is taken for lost
 _RETRY_S = 0.2  # between two attempts to find it again
 _TOGETHER = 256  # calls that are sent at once …
@@ -61,6 +63,14 @@ async def endlessly(work: Callable[[], Awaitable[None]]) -> None:
         except Exception:
             log.exception("queue work failed")
             await asyncio.sleep(_RETRY_S)
+
+
+async def cancelled(*tasks: asyncio.Task[None]) -> None:
+    """Cancel tasks until they have ended: ``asyncio.wait_for`` of Python 3.11 may swallow a cancellation."""
+    while waiting := [task for task in tasks if not task.done()]:
+        for task in waiting:
+            task.cancel()
+        await asyncio.wait(waiting, timeout=0.1)
 
 
 class Link:
@@ -104,7 +114,7 @@ class Link:
             protocol=2,
             # A connection that was cut is made again at once.  Scripts may be sent twice: at worst, chunks
             # that were taken wait until their lease has run out.
-            retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError,)),
+            retry=Retry(NoBackoff(), 1, supported_errors=(redis.ConnectionError, RuntimeError)),  # type: ignore[arg-type]
             socket_timeout=wait_s + _ANSWER_S,
             socket_connect_timeout=_ANSWER_S,
         )
@@ -137,7 +147,7 @@ class Link:
         if self._sender is not None:
             await asyncio.wait([self._sender], timeout=_ANSWER_S)
         if self._seeker is not None:
-            self._seeker.cancel()
+            await cancelled(self._seeker)
         self._up.clear()
         self._fail_all("it is closed")
         await self._line.close()
@@ -166,7 +176,7 @@ class Link:
                     (await self._line.send([command]))[0] if isinstance(answer, NoScriptError) else answer
                     for command, answer in zip(commands, answers, strict=True)
                 ]
-        except (TimeoutError, RedisError, OSError) as error:
+        except FAULTS as error:
             answers = [error] * len(calls)
             self._lose(error)
         else:
@@ -214,7 +224,7 @@ class Link:
         while True:
             try:
                 await self._load()
-            except (TimeoutError, RedisError, OSError) as error:
+            except FAULTS as error:
                 fault = _said(error)
                 if fault != self._fault:
                     log.warning("queue not found", extra=fields(queue=self.shown, reason=fault))
