@@ -69,13 +69,14 @@ runs the same programs, a window of rows to its end.
 
 ## Over a queue
 
-A server with workers of its own beside one with Valkey in between, all on this machine, loaded in turns as above.
+A server with workers of its own beside one with Valkey in between, all on this machine, loaded in turns as
+above.
 
 {table(broker["rows"])}
 
-The queue by itself, between one process that asks and one that answers at once: µs of processor time per chunk of
-each, and of Valkey. Valkey runs scripts on one core; the last column says how many workers of as many rows a second
-as the one above keep that core busy.
+The queue by itself, between one process that asks and one that answers at once: µs of processor time per
+chunk of each, and of Valkey. Valkey runs scripts on one core; the last column says how many workers of as
+many rows a second as the one above keep that core busy.
 
 {table(broker["capacity"])}
 
