@@ -249,7 +249,8 @@ def answers(stack: Stack) -> str:
     """Every api gives the answers of every model, and the same ones."""
     urls = stack.urls()
     expect(len(urls) == REPLICAS["api"], f"{len(urls)} apis have an address")
-    _, listed, _ = fetch(urls[0] + "/v1/models")
+    status, listed, _ = fetch(urls[0] + "/v1/models")
+    expect(status == 200, f"the list of models: {status} {listed}")
     names = [model["name"] for model in listed["models"]]
     expect("moons" in names, f"the models are {names}")
     for name in names:
@@ -457,8 +458,8 @@ def main() -> int:
         for drill in DRILLS:
             if not arguments.drills or drill.__name__ in arguments.drills:
                 say(f"ok  {drill.__name__}: {drill(stack)}")
-    except (Unexpected, subprocess.CalledProcessError) as error:
-        say(f"FAILED  {error}")
+    except Exception as error:
+        say(f"FAILED  {type(error).__name__}: {error}")
         ok = False
         for line in logs(stack):
             say(f"  {line}")
@@ -472,7 +473,7 @@ def main() -> int:
 
 def logs(stack: Stack) -> list[str]:
     run = subprocess.run(
-        ["docker", "compose", "--project-directory", str(ROOT), "logs", "--no-color", "--tail", "40"],
+        ["docker", "compose", "--project-directory", str(ROOT), "logs", "--no-color", "--tail", "20"],
         cwd=ROOT,
         capture_output=True,
         text=True,
