@@ -42,8 +42,8 @@ def result(name: str) -> dict[str, Any]:
 
 def main() -> None:
     """Write the page."""
-    names = ("step", "solve", "adjoint", "serving", "company")
-    step, solve, adjoint, serving, company = map(result, names)
+    names = ("step", "solve", "adjoint", "serving", "company", "broker")
+    step, solve, adjoint, serving, company, broker = map(result, names)
     machine = serving["machine"]
     batch, single = ([row for row in solve["rows"] if row["rows"] == n] for n in (256, 1))
     page = f"""# Benchmarks
@@ -66,6 +66,19 @@ streams requests of 10,000 rows; then 32 clients with 16 rows each, against the 
 runs the same programs, a window of rows to its end.
 
 {table(company["rows"])}
+
+## Over a queue
+
+A server with workers of its own beside one with Valkey in between, all on this machine, loaded in turns as
+above.
+
+{table(broker["rows"])}
+
+The queue by itself, between one process that asks and one that answers at once: µs of processor time per
+chunk of each, and of Valkey. Valkey runs scripts on one core; the last column says how many workers of as
+many rows a second as the one above keep that core busy.
+
+{table(broker["capacity"])}
 
 ## Whole solves at equal error
 

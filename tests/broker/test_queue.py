@@ -109,7 +109,8 @@ def test_the_limit_is_for_all_processes_together_and_a_dead_one_holds_nothing(se
 
 def test_while_the_server_is_away_requests_are_refused_at_once_with_the_reason(server: Queue) -> None:
     async def test() -> None:
-        async with asking(server) as broker:
+        held = Held(rows=1, nbytes=1)
+        async with asking(server, held) as broker:
             server.kill()
             await until(
                 lambda: broker.unavailable() is not None and "cannot be reached" in broker.unavailable()
@@ -121,6 +122,7 @@ def test_while_the_server_is_away_requests_are_refused_at_once_with_the_reason(s
             await until(lambda: "cannot be reached" not in str(broker.unavailable()))
             await broker.admit(1, 1)
             server.signal(signal.SIGSTOP)
+            held.rows += 1
             try:
                 with pytest.raises(Unavailable, match="does not answer"):
                     await broker.admit(1, 1)

@@ -11,10 +11,15 @@ import httpx
 from tests.redis_server import Queue, free_port, queue
 from tests.server import Server, servers, until
 
+from pushforward.broker.redis.front import SPARE
 from pushforward.broker.redis.link import PREFIX
+from pushforward.settings import Settings
 
 APIS, WORKERS = 2, 3
 LEASE_S = 1.5
+IN_HAND = sum(
+    Settings.model_fields[limit].default // SPARE for limit in ("max_queue_rows", "max_queue_bytes")
+)
 
 
 class Stack:
@@ -77,7 +82,7 @@ class Stack:
             if kind in ("job", "in"):
                 found[name] = 1
             elif kind == "api":
-                found[name] = sum(map(int, self.redis.hmget(key, "rows", "bytes")))
+                found[name] = sum(map(int, self.redis.hmget(key, "rows", "bytes"))) - IN_HAND
             elif kind in ("interactive", "bulk", "again", "alone", "reply"):
                 found[name] = self.redis.xlen(key)
                 if kind != "reply":

@@ -27,7 +27,7 @@ from pushforward.errors import PushforwardError, Unavailable, from_code
 from pushforward.logs import fields
 from pushforward.messages import Failed, Load, ModelState, Result, Unload, Work, decode_from_worker, encode
 
-__all__ = ["Holdings", "RedisBroker"]
+__all__ = ["SPARE", "Holdings", "RedisBroker"]
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ _AUDIT_S = 1.0  # between two signs of life, and looks for chunks that are no lo
 _GRACE_S = 0.5  # after a deadline, for the worker's own account of it to arrive
 _KEEP_S = 60.0  # beyond its deadline, a chunk that was forgotten
 _TOGETHER = 1000  # ids that one call audits
-_SPARE = 256  # the part of the limits that a process has in hand, so as not to ask for every request
+SPARE = 256  # a process has so small a part of the limits in hand, not to ask for every request
 
 
 class Holdings(Protocol):
@@ -277,7 +277,7 @@ class RedisBroker:
     async def _tell(self) -> None:
         """Say what this process holds, and have some more in hand while there is plenty."""
         own = self._holdings
-        await self._reserve(own.rows, own.nbytes, own.max_rows // _SPARE, own.max_bytes // _SPARE)
+        await self._reserve(own.rows, own.nbytes, own.max_rows // SPARE, own.max_bytes // SPARE)
 
     async def _reserve(self, rows: int, nbytes: int, more_rows: int, more_bytes: int) -> Any:
         """Say what this process has been granted, and have more granted if there is room."""
