@@ -22,9 +22,11 @@ from pushforward.broker.redis.back import Puller
 from pushforward.broker.redis.front import RedisBroker
 from pushforward.broker.redis.link import PREFIX
 from pushforward.engine.request import Status
-from pushforward.errors import Unavailable
+from pushforward.errors import PushforwardError, Unavailable
 from pushforward.messages import Setup
 from pushforward.metrics import EngineCollector
+
+LONG = {"rows": 60, "rtol": 1e-9, "atol": 1e-9, "logp_atol": 1e-9}
 
 
 @pytest.fixture
@@ -193,7 +195,7 @@ def test_results_for_a_process_that_has_gone_are_dropped(server: Queue, setup: S
     async def test() -> None:
         async with rig(setup, server.url) as made, asking(server) as gone:
             await ready(made.broker)
-            task = asyncio.create_task(gone.submit(work("orphan", 60, rtol=1e-9, atol=1e-9, logp_atol=1e-9)))
+            task = asyncio.create_task(gone.submit(work("orphan", **LONG)))
             await until(lambda: made.puller is not None and made.puller.holds == 1)
             for each in gone._tasks:  # as if it were killed
                 each.cancel()
@@ -203,6 +205,30 @@ def test_results_for_a_process_that_has_gone_are_dropped(server: Queue, setup: S
                 assert not client.exists(f"{PREFIX}reply:{gone.id}")
             assert (await made.broker.submit(work("next"))).status.tolist() == [Status.OK] * 3
             task.cancel()
+
+    run(test)
+
+
+def test_what_cannot_be_read_is_given_up_and_the_rest_goes_on(server: Queue, setup: Setup, work: Any) -> None:
+    async def test() -> None:
+        async with rig(setup, server.url) as made:
+            await ready(made.broker)
+            first = asyncio.create_task(made.broker.submit(work("answer", **LONG)))
+            await until(lambda: made.puller.holds == 1)
+            with server.client() as client:  # another release's words: an answer, and a chunk
+                client.xadd(f"{PREFIX}reply:{made.broker.id}", {"id": "answer", "body": b"\x01"})
+                with pytest.raises(PushforwardError, match="answer cannot be read"):
+                    await first
+            submit = made.broker._link.call
+            keep = "interactive:any", "interactive", 1, made.broker.id, "", 60_000
+            await submit("submit", "odd", *keep, b"\x01")
+            for number in range(3):
+                assert (await made.broker.submit(work(f"{number}"))).status.tolist() == [Status.OK] * 3
+            with server.client() as client:
+                await until(lambda: client.xlen(f"{PREFIX}dead") == 1)
+                ((_, dead),) = client.xrange(f"{PREFIX}dead")
+            assert (dead[b"id"], dead[b"body"]) == (b"odd", b"\x01")
+            assert (await made.broker.submit(work("next"))).status.tolist() == [Status.OK] * 3
 
     run(test)
 
