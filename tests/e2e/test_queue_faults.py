@@ -23,6 +23,12 @@ BROKEN = ("ConnectError", "ReadError", "RemoteProtocolError", "WriteError")
 AWAY_S = 3.0
 
 
+@pytest.fixture(scope="session")
+def rounds(rounds: int) -> int:
+    """Half as often as faults of one server: there are many more of them here."""
+    return (rounds + 1) // 2
+
+
 @pytest.fixture(scope="module")
 def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     folder = tmp_path_factory.mktemp("stack")
