@@ -199,8 +199,9 @@ def by_itself(rounds: int, duration: float) -> list[dict[str, object]]:
         line: dict[str, object] = {"rows of a chunk": rows, "outstanding": outstanding}
         line |= {"p50 ms": figures["p50"], "chunks/s here": figures["chunks/s"]}
         line |= {f"µs, {name}": figures[name] for name in ("asks", "answers", "Valkey")}
-        line["chunks/s of Valkey's core"] = 1e6 / figures["Valkey"]
-        line["rows/s of Valkey's core"] = rows * 1e6 / figures["Valkey"]
+        full = 1e6 / figures["Valkey"] if outstanding > 1 else None  # chunks a second, many at a time
+        line["chunks/s of Valkey's core"] = full
+        line["rows/s of Valkey's core"] = full and rows * full
         lines.append(line)
     return lines
 
@@ -215,8 +216,7 @@ def main() -> None:
     assert isinstance(of_one, float)
     for line in capacity:
         of_valkey = line["rows/s of Valkey's core"]
-        assert isinstance(of_valkey, float)
-        line["workers that fill it"] = of_valkey / of_one
+        line["workers that fill it"] = of_valkey / of_one if isinstance(of_valkey, float) else None
     for lines in (rows, capacity):
         print(f"\n{table(lines)}", flush=True)
     measure.save("broker", rows, quick=quick, capacity=capacity, cores=os.cpu_count())
