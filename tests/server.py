@@ -47,7 +47,8 @@ class Server:
         return [int(child) for child in children]
 
     def worker(self) -> int:
-        """That of the only one."""
+        """That of the only one, as soon as it is there."""
+        assert until(lambda: len(self.workers()) == 1), self.workers()
         (worker,) = self.workers()
         return worker
 
