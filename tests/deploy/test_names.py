@@ -109,7 +109,7 @@ def test_every_setting_that_a_deployment_makes_is_one(
             name: value for name, value in service.get("environment", {}).items() if name.startswith(PREFIX)
         }
         settings.append({name: re.sub(r"^\$\{\w+:-(.*)\}$", r"\1", value) for name, value in ours.items()})
-    assert sum(map(bool, settings)) == 6  # Kubernetes, the example, and four services
+    assert sum(map(bool, settings)) == 5  # Kubernetes, the example, and three services
     for one in settings:
         with monkeypatch.context() as patch:
             for name in Settings.model_fields:
