@@ -136,6 +136,7 @@ def test_every_request_is_counted_once_also_when_workers_die(
                 server.wait_for("worker lost")
             traffic.settle()
     report = traffic.report()
+    print(report)
     report.assert_clean()
     assert until(lambda: at_rest(server))
     told = server.metrics()
