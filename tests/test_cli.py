@@ -334,6 +334,16 @@ def test_a_disk_that_is_full_is_named_and_leaves_no_file(store: Path, tmp_path: 
             "Training needs torch: pip install 'pushforward[train]'",
         ),
         ("pyarrow", ["score", "t.csv", "-m", "pair"], "need pyarrow: pip install 'pushforward[tables]'"),
+        (
+            "redis",
+            ["serve", "--broker", "redis://127.0.0.1:1"],
+            "A queue in Redis needs redis: pip install 'pushforward[redis]'",
+        ),
+        (
+            "hiredis",
+            ["worker", "--broker", "redis://127.0.0.1:1"],
+            "A queue in Redis needs hiredis: pip install 'pushforward[redis]'",
+        ),
     ],
 )
 def test_what_is_not_installed_is_named(
@@ -351,6 +361,32 @@ def test_what_is_not_installed_is_named(
     )
     assert done.returncode == 2
     assert says in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["worker"], "A worker needs a queue to work for: give --broker"),
+        (["worker", "--broker", "redis://h", "--workers", "0"], "needs at least one process"),
+        (["worker", "--broker", "http://h"], "http://h is no address of a Redis server"),
+        (["serve", "--broker", "http://h"], "http://h is no address of a Redis server"),
+        (["serve", "--broker", "redis://h", "--workers", "2"], "--workers is 2: leave it out, or give 0"),
+        (["serve", "--workers", "0"], "--workers is 0, which needs a --broker"),
+    ],
+)
+def test_a_queue_and_workers_that_do_not_fit_are_refused_at_the_start(
+    store: Path, arguments: list[str], says: str
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "pushforward.cli", *arguments, "--store", str(store), "--port", "0"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_a_reader_that_has_had_enough_is_no_failure_to_speak_of(store: Path) -> None:

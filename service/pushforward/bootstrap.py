@@ -110,6 +110,7 @@ def work(settings: Settings) -> None:
         raise UsageError("A worker needs a queue to work for: give --broker, such as redis://localhost:6379.")
     if settings.workers == 0:
         raise UsageError("--workers is 0: a worker needs at least one process; leave it out.")
+    _check_queue(settings.broker)  # before there are processes to leave behind
     # no store is an error now, not a worker without models
     catalog = opened(settings.store, settings.cache, settings.cache_mb)
     listener = None
@@ -178,6 +179,7 @@ def _broker(settings: Settings, admission: Admission, metrics: Metrics) -> Broke
                 f"--broker leaves the solving to `pushforward worker`, and --workers is {settings.workers}: "
                 "leave it out, or give 0."
             )
+        _check_queue(settings.broker)
         from pushforward.broker.redis.front import RedisBroker
 
         return RedisBroker(settings.broker, admission)
@@ -186,6 +188,16 @@ def _broker(settings: Settings, admission: Admission, metrics: Metrics) -> Broke
     broker = LocalBroker(_setups(settings), settings.stall_s, metrics.engine)
     broker.spawn()  # it loads its models while this process imports what only serving needs
     return broker
+
+
+def _check_queue(url: str) -> None:
+    """Refuse an address where there can be no queue; one that cannot be reached now may be reached later."""
+    try:
+        from pushforward.broker.redis.link import Link
+    except ModuleNotFoundError as error:
+        package = str(error.name).partition(".")[0]
+        raise UsageError(f"A queue in Redis needs {package}: pip install 'pushforward[redis]'.") from None
+    Link(url)
 
 
 @asynccontextmanager

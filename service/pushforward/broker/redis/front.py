@@ -69,6 +69,10 @@ class RedisBroker:
     Args:
         url: see ``connections``.
         holdings: what this process holds; the queue's limits are for all processes together.
+
+    Attributes:
+        rows: that all processes held together when the server was last told.
+        nbytes: likewise.
     """
 
     def __init__(self, url: str, holdings: Holdings) -> None:
