@@ -46,7 +46,10 @@ def connect(url: str, **options: Any) -> redis.Redis:
         # An option that there is not is found by making a connection, which connects to nothing yet.
         client.connection_pool.make_connection()  # type: ignore[no-untyped-call]
         return client
-    except (ValueError, TypeError) as error:
+    except TypeError as error:
+        option = str(error).rpartition(" ")[2]  # "… got an unexpected keyword argument 'x'"
+        raise UsageError(f"{shown(url)} is followed by {option}, which is no option: leave it out.") from None
+    except ValueError as error:
         raise UsageError(f"{shown(url)} is no address of a Redis server: {error}.") from None
 
 
