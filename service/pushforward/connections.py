@@ -48,9 +48,10 @@ def connect(url: str, **options: Any) -> redis.Redis:
         return client
     except TypeError as error:
         option = str(error).rpartition(" ")[2]  # "… got an unexpected keyword argument 'x'"
-        raise UsageError(f"{shown(url)} is followed by {option}, which is no option: leave it out.") from None
+        reason = f"{option} after it is no option; leave it out"
     except ValueError as error:
-        raise UsageError(f"{shown(url)} is no address of a Redis server: {error}.") from None
+        reason = str(error)
+    raise UsageError(f"{shown(url)} is no address of a Redis server: {reason}.")
 
 
 def shown(url: str) -> str:
