@@ -13,6 +13,7 @@ import pytest
 import uvicorn
 
 from pushforward.api.app import build
+from pushforward.broker.base import Broker
 from pushforward.dataplane import Admission, Dataplane, Limits
 from pushforward.engine.request import Chunk, Kind
 from pushforward.errors import InvalidModel, NotFound
@@ -24,7 +25,7 @@ from pushforward.store.catalog import Catalog
 ALL = 1 << 40
 
 
-class SoloBroker:
+class SoloBroker(Broker):
     """A broker without workers: it loads and solves in threads of this process, one chunk after another."""
 
     def __init__(self, catalog: Catalog) -> None:
@@ -35,6 +36,9 @@ class SoloBroker:
         self.fault: str | None = None
 
     async def start(self) -> None:
+        pass
+
+    async def admit(self, rows: int, nbytes: int) -> None:
         pass
 
     async def submit(self, work: Work) -> Result:
