@@ -17,7 +17,7 @@ from tests.broker.rigs import LEASE_S, Held, ready, rig, until
 from tests.redis_server import Queue, queue
 
 from pushforward.broker.local import LocalBroker
-from pushforward.broker.redis import front
+from pushforward.broker.redis import back, front
 from pushforward.broker.redis.back import Puller
 from pushforward.broker.redis.front import RedisBroker
 from pushforward.broker.redis.link import PREFIX
@@ -249,6 +249,30 @@ def test_a_worker_that_could_not_solve_them_leaves_chunks_in_the_queue(
             async with rig(setup, server.url):
                 assert (await task).status.tolist() == [Status.OK] * 3
         await puller.drain(0)
+
+    run(test)
+
+
+def test_a_worker_that_is_full_sees_at_once_when_there_is_room_again(
+    server: Queue, setup: Setup, work: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Though it has room for bulk chunks all the time, and waits for some for longer than this test may take."""
+    monkeypatch.setattr(back, "_WAIT_S", 3600.0)
+
+    async def test() -> None:
+        local = LocalBroker([setup], collector=EngineCollector())
+        await local.start()
+        puller = Puller(server.url, local, 3, 3600.0, EngineCollector())  # a chunk of each class
+        await puller.start()
+        try:
+            async with asking(server) as broker:
+                await ready(broker)
+                chunks = [work(f"{number}", **LONG | {"rows": 3}) for number in range(8)]
+                for answer in await asyncio.gather(*map(broker.submit, chunks)):
+                    assert answer.status.tolist() == [Status.OK] * 3
+        finally:
+            await puller.drain(0)
+            await local.close()
 
     run(test)
 

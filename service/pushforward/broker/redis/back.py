@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import logging
 import os
@@ -63,7 +64,8 @@ class Puller:
     ) -> None:
         self.id = f"{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}"
         self._link = Link(url)
-        self._reader = self._link.line()
+        # Who waits for bulk chunks on it would not see that there is room for interactive ones again.
+        self._readers = {bulk: self._link.line() for bulk in (False, True)}
         self._listener = self._link.client(3600.0)
         self._local = local
         self._rows = rows
@@ -72,8 +74,9 @@ class Puller:
         self._held: dict[str, _Held] = {}
         self._settled = asyncio.Event()
         self._reads: list[str] = []  # versions whose streams are read
+        self._pulls: dict[bool, list[str]] = {}  # streams that are being read now, by class
         self._seen: dict[bytes, bytes] = {}  # orders that were carried out
-        self._turn = itertools.count()
+        self._turns = {bulk: itertools.count() for bulk in (False, True)}
         self._alone = False  # whether to become empty for a quarantined chunk
         self._draining = False
         self._tasks: list[asyncio.Task[None]] = []
@@ -92,15 +95,16 @@ class Puller:
     async def start(self) -> None:
         """Seek the server, and begin to pull."""
         await self._link.start()
-        work = (self._keep_pulling, self._keep_beating, self._keep_reaping, self._keep_listening)
+        pull = (functools.partial(self._keep_pulling, bulk) for bulk in self._readers)
+        work = (*pull, self._keep_beating, self._keep_reaping, self._keep_listening)
         self._tasks = [asyncio.create_task(endlessly(each)) for each in work]
 
     async def drain(self, patience_s: float) -> None:
         """Take nothing more, finish what is held as far as time allows, hand back the rest, and leave."""
         self._draining = True
         end = time.monotonic() + patience_s
-        pulling, *others = self._tasks
-        await cancelled(pulling)  # with chunks, perhaps, that it will never hear of
+        pulling, others = self._tasks[:2], self._tasks[2:]
+        await cancelled(*pulling)  # with chunks, perhaps, that it will never hear of
         with contextlib.suppress(Unavailable):
             if self._held:
                 await self._link.call("release", self.id, *self._held)
@@ -118,68 +122,64 @@ class Puller:
         except Unavailable:  # their leases run out
             log.warning("chunks not handed back", extra=fields(chunks=len(rest)))
         await self._link.close()
-        await self._reader.close()
+        for reader in self._readers.values():
+            await reader.close()
         await self._listener.aclose()
 
     # ------------------------------------------------------------------------------ pulling
 
-    async def _keep_pulling(self) -> None:
-        """Read chunks whenever there is room for some."""
-        more = True  # whether there may be more than were taken last
+    async def _keep_pulling(self, bulk: bool) -> None:
+        """Read chunks of a class whenever there is room for some."""
         while True:
             await self._link.found()
-            rooms = self._rooms()
-            streams = self._streams(*rooms)
+            room = self._rows - sum(
+                len(held.work.rows) for held in self._held.values() if held.work.bulk is bulk
+            )
+            streams = self._streams(bulk) if room > 0 else []
             if not streams:
                 self._settled.clear()
                 await self._settled.wait()
-                more = True
                 continue
+            self._pulls[bulk] = streams
             try:
-                read = [] if more else await self._wait_for(streams)
+                read = await self._wait_for(bulk, streams)
+                rooms = (0, room) if bulk else (room, 0)
                 taken = await self._link.call("take", self.id, *rooms, len(read) // 3, *read, *streams)
+                for id, fence, left, body in taken:
+                    self._begin(id.decode(), int(fence), left.decode(), body)
             except Unavailable:
                 await asyncio.sleep(_RETRY_S)
-                continue
-            for id, fence, left, body in taken:
-                self._begin(id.decode(), int(fence), left.decode(), body)
-            more = len(taken) > len(read) // 3
+            finally:
+                del self._pulls[bulk]
+                if self._alone:  # the other may be waiting for this one to end
+                    self._settled.set()
 
-    def _rooms(self) -> tuple[int, int]:
-        """How many more interactive rows, and bulk rows, there is room for."""
-        rows = {False: self._rows, True: self._rows}
-        for held in self._held.values():
-            rows[held.work.bulk] -= len(held.work.rows)
-        return rows[False], rows[True]
-
-    def _streams(self, interactive: int, bulk: int) -> list[str]:
+    def _streams(self, bulk: bool) -> list[str]:
         """What to read now, first things first; models take turns."""
         if self._local.unavailable() is not None:
             return []
         if self._alone:
-            return [] if self._held else ["alone"]
+            return [] if bulk or self._held or True in self._pulls else ["alone"]
+        if self._pulls.get(False) == ["alone"]:
+            return []
         self._reads = [
             f"{name}/{version}"
             for (name, version), news in self._local.models().items()
             if news.state == "ready"
         ]
-        first = next(self._turn) % max(1, len(self._reads))
+        first = next(self._turns[bulk]) % max(1, len(self._reads))
         versions = [*self._reads[first:], *self._reads[:first], "any"]
-        streams = []
-        if interactive > 0:
-            streams += ["again", *(f"interactive:{version}" for version in versions)]
-        if bulk > 0:
-            streams += [f"bulk:{version}" for version in versions]
-        return streams
+        streams = [f"{'bulk' if bulk else 'interactive'}:{version}" for version in versions]
+        return streams if bulk else ["again", *streams]
 
-    async def _wait_for(self, streams: list[str]) -> list[str | bytes]:
+    async def _wait_for(self, bulk: bool, streams: list[str]) -> list[str | bytes]:
         """Wait until one of the streams has a chunk; what was read, as (stream, entry, id) in one list."""
         names = [f"{PREFIX}{stream}" for stream in streams]
         group = "GROUP", "workers", self.id
         wait = "COUNT", 1, "BLOCK", round(1000 * _WAIT_S)
         command = "XREADGROUP", *group, *wait, "STREAMS", *names, *[">"] * len(names)
         try:
-            (found,) = await self._reader.send([command], _WAIT_S)
+            (found,) = await self._readers[bulk].send([command], _WAIT_S)
         except FAULTS:
             raise Unavailable("The queue is lost.") from None
         if isinstance(found, ResponseError):
