@@ -256,7 +256,7 @@ def test_a_worker_that_could_not_solve_them_leaves_chunks_in_the_queue(
 def test_a_worker_that_is_full_sees_at_once_when_there_is_room_again(
     server: Queue, setup: Setup, work: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Though it has room for bulk chunks all the time, and waits for some for longer than this test may take."""
+    """Though it has room for bulk chunks all the time, and waits for some beyond the end of this test."""
     monkeypatch.setattr(back, "_WAIT_S", 3600.0)
 
     async def test() -> None:
