@@ -16,6 +16,7 @@ import os
 import secrets
 import socket
 import time
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 import msgspec
@@ -95,8 +96,9 @@ class Puller:
     async def start(self) -> None:
         """Seek the server, and begin to pull."""
         await self._link.start()
-        pull = (functools.partial(self._keep_pulling, bulk) for bulk in self._readers)
-        work = (*pull, self._keep_beating, self._keep_reaping, self._keep_listening)
+        work: list[Callable[[], Awaitable[None]]]
+        work = [functools.partial(self._keep_pulling, bulk) for bulk in self._readers]
+        work += [self._keep_beating, self._keep_reaping, self._keep_listening]
         self._tasks = [asyncio.create_task(endlessly(each)) for each in work]
 
     async def drain(self, patience_s: float) -> None:
