@@ -43,8 +43,13 @@ class Server:
 
     def workers(self) -> list[int]:
         """The process ids of the workers that are there now."""
-        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        return [int(child) for child in children]
+        return self.children("pushforward.worker")
+
+    def children(self, program: str) -> list[int]:
+        """The process ids of what runs a program for it."""
+        found = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        words = {child: Path(f"/proc/{child}/cmdline").read_bytes() for child in found}
+        return [int(child) for child, each in words.items() if program.encode() in each]
 
     def worker(self) -> int:
         """That of the only one, as soon as it is there."""

@@ -33,7 +33,7 @@ EXAMPLES: dict[str, Any] = {
     "workers": 3,
     "stall_s": 2.5,
     "slots": 64,
-    "step_budget_ms": 1.5,
+    "step_budget_ms": 2.5,
     "chunk_rows": 100,
     "interactive_rows": 10,
     "load": "first-use",

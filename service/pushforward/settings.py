@@ -60,7 +60,7 @@ class Settings(BaseModel):
     """Seconds without a step after which a worker that holds rows is taken for stuck, and replaced."""
     slots: Annotated[int, Field(ge=1, le=65536)] = 256
     """Rows that a worker integrates at once."""
-    step_budget_ms: Annotated[float, Field(gt=0, le=60_000)] = 4.0
+    step_budget_ms: Annotated[float, Field(gt=0, le=60_000)] = 1.5
     """Longest step, in milliseconds, that bulk rows may make while interactive rows run beside them."""
     chunk_rows: Annotated[int, Field(ge=1, le=65536)] = 256
     """Rows of a request that travel together to a worker."""

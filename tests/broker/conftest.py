@@ -19,7 +19,7 @@ def setup_for(store: Path, **changes: object) -> Setup:
         "model_memory_mb": None,
         "device": "cpu",
         "slots": 64,
-        "step_budget_ms": 4.0,
+        "step_budget_ms": 1.5,
         "log_level": "warning",
         "log_format": "text",
     }

@@ -32,6 +32,7 @@ from pushforward.api.answers import (
 )
 from pushforward.api.errors import HttpError, problem
 from pushforward.api.openapi import Operation, document
+from pushforward.api.reader import Reader
 from pushforward.api.routes import Routes
 from pushforward.api.wire import Door, Endpoint, request_id, sent_key
 from pushforward.dataplane import Dataplane
@@ -120,7 +121,8 @@ def build(
     """
     metrics.engine.models = plane.broker.models
     routes = Routes(plane, keyring)
-    door = Door(plane.admission, plane.limits, metrics, max_body_bytes, keyring, tracing)
+    reader = Reader()
+    door = Door(plane.admission, plane.limits, metrics, max_body_bytes, reader, keyring, tracing)
     metrics.registry.register(Readiness(plane.broker.unavailable))
 
     @asynccontextmanager
@@ -130,6 +132,7 @@ def build(
         await plane.broker.start()
         yield
         await plane.broker.close()
+        await reader.close()
         if keyring is not None:
             await keyring.close()
         if tracing is not None:

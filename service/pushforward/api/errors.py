@@ -52,6 +52,9 @@ class HttpError(PushforwardError):
         self.http_code = code
         self.headers = dict(headers or {})
 
+    def __reduce__(self) -> tuple[Any, ...]:  # see ``reader``
+        return HttpError, (self.status, self.http_code, self.message, self.headers)
+
 
 def code(error: PushforwardError) -> str:
     """The kind of error, for programs."""

@@ -260,7 +260,7 @@ def _context(
     names, rows = model.manifest.context_features, query.context
     if rows is None or not names:  # the data plane says whether that is right
         return None if rows is None else np.empty((len(rows), 0))
-    if rows and isinstance(rows[0], Mapping):
+    if len(rows) and isinstance(rows[0], Mapping):
         return inputs.from_named(rows, names, "context")
     return inputs.from_lists(rows, names, "context")  # type: ignore[arg-type]
 

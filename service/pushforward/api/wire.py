@@ -17,13 +17,14 @@ from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import orjson
-from pydantic import BaseModel, TypeAdapter
+from pydantic import BaseModel
 from starlette.types import Receive, Scope, Send
 
 from pushforward import keys
-from pushforward.api.body import TIMEOUT, Headers, Headings, parsed, read
+from pushforward.api.body import TIMEOUT, Headers, Headings, read
 from pushforward.api.errors import code, problem
 from pushforward.api.interrupt import Interruptible
+from pushforward.api.reader import Reader
 from pushforward.dataplane import Admission, Limits, Ticket
 from pushforward.dataplane.admission import HungUp
 from pushforward.engine.request import Status
@@ -60,6 +61,7 @@ class Door:
         limits: how long requests may take.
         metrics: counts and times them.
         max_body_bytes: the largest body that is read.
+        reader: says what bodies say.
         keyring: who may ask; None when anyone may.
         tracing: makes their spans; None for none.
     """
@@ -68,6 +70,7 @@ class Door:
     limits: Limits
     metrics: Metrics
     max_body_bytes: int
+    reader: Reader
     keyring: keys.Keyring | None = None
     tracing: Tracing | None = None
 
@@ -155,7 +158,7 @@ class Endpoint(Generic[Query]):
     ) -> None:
         self.handler = handler
         self.schema = schema
-        self._validator = None if schema is None else TypeAdapter(schema).validator
+        self._schema = schema
         self._door = door
         self._status = status
         self._keyring = None if scope is None else door.keyring
@@ -196,7 +199,7 @@ class Endpoint(Generic[Query]):
                 status, headers, body = problem(mistake, call.id)
             call.end()
             if status != _HUNG_UP:
-                if self._validator is not None:
+                if self._schema is not None:
                     headers["server-timing"] = call.timing()
                 headers["content-length"] = str(len(body))
                 raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
@@ -215,7 +218,7 @@ class Endpoint(Generic[Query]):
             call.ticket.quota = functools.partial(keyring.counted, key)
 
     async def _content(self, call: Call, scope: Scope, receive: Receive) -> Any:
-        if self._validator is None:
+        if self._schema is None:
             return await self.handler(call, None)  # type: ignore[arg-type]
         headings = Headings(scope["headers"], self._max_body_bytes)
         timeout_s = self._door.limits.timeout_s(headings.timeout_ms, TIMEOUT)
@@ -238,7 +241,15 @@ class Endpoint(Generic[Query]):
             with Interruptible(_WATCH_AFTER_S, interruption):
                 body = await read(receive, place)
                 whole.set_result(None)
-                return await self.handler(call, parsed(self._validator, body))
+                left_s = None if timeout_s is None else call.ticket.arrived + timeout_s - time.time()
+                try:
+                    query = await self._door.reader.read(self._schema, body, left_s)
+                except TimeoutError:
+                    raise DeadlineExceeded(
+                        f"The deadline of {1000 * (timeout_s or 0):.0f} ms passed before the body had been "
+                        f"read: send fewer rows in one request, or set {TIMEOUT}."
+                    ) from None
+                return await self.handler(call, query)
 
     def _tell(self, call: Call, scope: Scope, status: int, outcome: str, fault: str) -> None:
         ticket = call.ticket

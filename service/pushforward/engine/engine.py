@@ -76,7 +76,7 @@ class Engine:
         models: Callable[[str, int], Model],
         slots: int = 256,
         clock: Callable[[], float] = time.monotonic,
-        step_budget_s: float = 0.004,
+        step_budget_s: float = 0.0015,
     ) -> None:
         self._models, self._slots, self._clock = models, slots, clock
         self._budget = Budget(step_budget_s)
