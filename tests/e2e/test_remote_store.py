@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from tests.e2e.bank import Bank, copy_models
 from tests.e2e.traffic import Traffic
+from tests.redis_server import queue
 from tests.s3 import S3, s3
 from tests.server import Server, servers, until
 
@@ -73,6 +74,33 @@ def test_versions_labels_and_an_outage(
         wait_for_version(traffic, 3)
     traffic.report().assert_clean()
     assert [line["event"] for line in server.log].count("store cannot be read") == 1
+
+
+def test_workers_behind_a_queue_have_the_store_and_a_cache_of_their_own(
+    cloud: S3, start: Callable[..., Server], bank: Bank, later: dict[int, Path], tmp_path: Path
+) -> None:
+    (tmp_path / "queue").mkdir()
+    with queue(tmp_path / "queue", "valkey") as broker:
+        places = {"broker": broker.url, "watch_s": 0.2}
+
+        def work() -> Server:
+            return start("--lease-s", "1", command="worker", cache=tmp_path / "worker", **places)
+
+        worker, server = work(), start(ready=False, **places)
+        with server.client() as client:
+            assert until(lambda: client.get("/health/ready").status_code == 200)
+        with Traffic(server.url, bank, rate=10) as traffic:
+            place_at(URL).put(later[2])
+            wait_for_version(traffic, 2)
+            cloud.stop()
+            server.wait_for("store cannot be read")
+            worker.process.kill()
+            work()  # from its cache alone
+            traffic.wait_for_answers(50)
+            cloud.start()
+            place_at(URL).put(later[3])
+            wait_for_version(traffic, 3)
+        traffic.report().assert_clean()
 
 
 def test_a_version_that_cannot_be_fetched_is_a_failed_one_and_comes_by_itself(
