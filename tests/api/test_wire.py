@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from pushforward.api.reader import Reader
 from pushforward.api.schemas import SampleRequest
 from pushforward.api.wire import Call, Door, Endpoint
 from pushforward.dataplane import Admission, Limits
@@ -24,7 +25,7 @@ def door(**limits: Any) -> Door:
     admission = Admission(1000, 1000)
     known = {"rows": 10, "samples": 10, "timeout_ms": 60_000, "max_timeout_ms": 90_000}
     chunks = {"chunk_rows": 8, "interactive_rows": 8}
-    return Door(admission, Limits(**(known | chunks | limits)), Metrics(admission), max_body_bytes=100)
+    return Door(admission, Limits(**(known | chunks | limits)), Metrics(admission), 100, Reader())
 
 
 def send(
