@@ -79,7 +79,7 @@ class Settings(BaseModel):
     """Share of the requests without a version that go to the one labelled "canary", where there is one."""
 
     max_body_bytes: Annotated[int, Field(ge=1024, le=1 << 30)] = 16 << 20
-    """Largest request body, in bytes; other requests wait while one is read, some 5 ms per megabyte."""
+    """Largest request body, in bytes; longer ones are refused with 413."""
     max_connections: Annotated[int, Field(ge=1, le=1 << 20)] = 2048
     """Most connections at once; beyond, they are answered 503 and closed."""
     header_timeout_s: Annotated[float, Field(ge=0.5, le=3600)] = 10.0
