@@ -1,7 +1,10 @@
 """Long bodies are read in a process of their own, which nobody notices but those who would have waited."""
 
+import asyncio
 import json
+import multiprocessing
 import os
+import resource
 import signal
 import threading
 from collections.abc import Callable
@@ -12,7 +15,8 @@ import numpy as np
 import pytest
 from tests.server import Server, until
 
-from pushforward.api.reader import LONG_BYTES
+from pushforward.api.reader import LONG_BYTES, Reader
+from pushforward.api.schemas import SampleRequest
 
 DENSITY = "/v1/models/pair/log_density"
 ROWS = np.random.default_rng(0).normal(size=(3000, 2))
@@ -111,6 +115,25 @@ def test_a_reader_that_is_killed_is_replaced(
     assert [answers[0].status_code, again.status_code] == [200, 200]
     assert answers[0].json() == again.json()
     assert reader(server) != before
+
+
+def test_while_there_is_no_room_for_a_process_long_bodies_are_read_in_place() -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+
+    async def test() -> None:
+        reader = Reader()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))  # no pipe to one can be opened
+        try:
+            assert (await reader.read(SampleRequest, body(n=3), 60)).n == 3
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        assert not multiprocessing.active_children()
+        assert (await reader.read(SampleRequest, body(n=4), 60)).n == 4
+        assert multiprocessing.active_children()
+        await reader.close()
+        assert not multiprocessing.active_children()
+
+    asyncio.run(test())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

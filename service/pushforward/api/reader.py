@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import functools
+import logging
 import multiprocessing
 import os
 import signal
@@ -20,8 +21,11 @@ import numpy as np
 from pydantic import BaseModel, TypeAdapter
 
 from pushforward.api.body import parsed
+from pushforward.logs import fields
 
 __all__ = ["LONG_BYTES", "Reader"]
+
+log = logging.getLogger(__name__)
 
 Query = TypeVar("Query", bound=BaseModel)
 LONG_BYTES = 1 << 16
@@ -50,16 +54,19 @@ class Reader:
             TimeoutError: when it took longer.
         """
         if len(body) > LONG_BYTES:
-            if self._pool is None:
-                # Spawned, not forked: this process has threads.
-                context = multiprocessing.get_context("spawn")
-                self._pool = ProcessPoolExecutor(1, context, _begin)
             pool = self._pool
             try:
+                if pool is None:
+                    # Spawned, not forked: this process has threads.
+                    context = multiprocessing.get_context("spawn")
+                    pool = self._pool = ProcessPoolExecutor(1, context, _begin)
                 async with asyncio.timeout(timeout_s):
                     return await asyncio.get_running_loop().run_in_executor(pool, _read, schema, body)
-            except BrokenProcessPool:  # somebody ended it; the next long body has a new one
-                if self._pool is pool:
+            except TimeoutError:
+                raise
+            except (BrokenProcessPool, OSError) as error:  # it was ended, or cannot be started
+                log.warning("long body read in place", extra=fields(reason=str(error)))
+                if self._pool is pool:  # the next one has a new process
                     self._pool = None
         return parsed(_validator(schema), body)  # type: ignore[no-any-return]
 
