@@ -2,7 +2,7 @@
 
 Run as a program it is one of them: ``ends.py answer URL`` answers every chunk at once until it is told to
 end; ``ends.py ask`` reads {url, rows, dim, outstanding, duration, processes} on standard input, keeps so many
-chunks outstanding, and writes {chunks, seconds, p5, p50, cpu}: quantiles of a chunk's seconds, and the
+chunks outstanding, and writes {chunks, seconds, p50, cpu}: the median of a chunk's seconds, and the
 processor seconds of itself and of the ``processes`` ({name: [pid …]}) in that time.
 """
 
@@ -128,8 +128,8 @@ async def ask(
     running = False
     await asyncio.gather(*clients)
     await broker.close()
-    p5, p50 = map(float, np.quantile(measured, [0.05, 0.5]))
-    return {"chunks": len(measured), "seconds": elapsed, "p5": p5, "p50": p50, "cpu": cpu}
+    p50 = float(np.median(measured))
+    return {"chunks": len(measured), "seconds": elapsed, "p50": p50, "cpu": cpu}
 
 
 if __name__ == "__main__":

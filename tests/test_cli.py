@@ -377,16 +377,7 @@ def test_what_is_not_installed_is_named(
 def test_a_queue_and_workers_that_do_not_fit_are_refused_at_the_start(
     store: Path, arguments: list[str], says: str
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "pushforward.cli", *arguments, "--store", str(store), "--port", "0"],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        check=False,
-    )
-    assert done.returncode == 2
-    assert says in done.stderr
-    assert "Traceback" not in done.stderr
+    assert says in run(*arguments, "--store", store, "--port", 0, status=2).stderr
 
 
 def test_a_reader_that_has_had_enough_is_no_failure_to_speak_of(store: Path) -> None:

@@ -52,10 +52,9 @@ def test_scripts_that_the_server_has_forgotten_are_loaded_again(tmp_path: Path) 
         said, orders = await link.call("look")
         assert (said, orders) == ([], [])
         assert link.times_found == 1
+        # without its arguments: refused, which is no reason to give the server up
         with pytest.raises(Unavailable, match="failed"):
-            await link.call(
-                "beat"
-            )  # without its arguments: refused, which is no reason to give the server up
+            await link.call("beat")
         assert link.unavailable is None
         await link.close()
         with pytest.raises(Unavailable, match="it is closed"):

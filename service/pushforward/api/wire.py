@@ -157,7 +157,6 @@ class Endpoint(Generic[Query]):
         path: str = "",
     ) -> None:
         self.handler = handler
-        self.schema = schema
         self._schema = schema
         self._door = door
         self._status = status
