@@ -99,9 +99,8 @@ def _read(schema: type[Query], body: bytes) -> Query:
     arrays = {}
     for name in ("x", "z", "context"):
         rows = getattr(query, name, None)
-        if rows and isinstance(
-            rows[0], list
-        ):  # the lists of 6 MB take the server 24 ms to unpack, an array 0.1
+        if rows and isinstance(rows[0], list):
+            # The server unpacks the lists of 6 MB in 24 ms, an array in 0.1.
             with contextlib.suppress(ValueError):  # rows of several lengths, which the server refuses
                 arrays[name] = np.array(rows, dtype=np.float64)
     return query.model_copy(update=arrays)  # type: ignore[no-any-return]
