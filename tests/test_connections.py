@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 from redis.exceptions import AuthenticationError, RedisError
-from tests.redis_server import PATIENCE_S, PROGRAMS, Queue, queue
-from tests.server import until
+from tests.redis_server import PROGRAMS, Queue, queue
+from tests.server import PATIENCE_S, until
 
 from pushforward.connections import connect, shown
 from pushforward.errors import UsageError
@@ -37,6 +37,7 @@ def ping(url: str, **options: Any) -> bool:
         ("rediss://:secret@host?password_file=/run/secret", "rediss://host"),
         ("sentinel://:secret@a:1,b:2/name", "sentinel://a:1,b:2/name"),
         ("unix:///run/redis.sock?password=secret", "unix:///run/redis.sock"),
+        ("user:secret@host:6379", "host:6379"),  # which is no address, and may hold one all the same
     ],
 )
 def test_what_is_shown_of_an_address_hides_its_secrets(url: str, shows: str) -> None:
@@ -122,7 +123,7 @@ def sentinel(folder: Path, master: Queue) -> Iterator[Queue]:
     file = folder / "sentinel.conf"
     file.write_text(
         f"sentinel monitor mine 127.0.0.1 {master.port} 1\n"
-        "sentinel down-after-milliseconds mine 500\n"
+        "sentinel down-after-milliseconds mine 2000\n"
         "sentinel failover-timeout mine 3000\n"
     )
     made = Queue(PROGRAMS["valkey"], folder)

@@ -60,8 +60,9 @@ def shown(url: str) -> str:
     >>> shown("redis://:pass@localhost:6379/0")
     'redis://localhost:6379/0'
     """
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    parts = urlsplit(url if "://" in url else f"//{url}")
+    place = parts.netloc.rpartition("@")[2] + parts.path
+    return f"{parts.scheme}://{place}" if parts.scheme else place
 
 
 def _with_password_file(url: str) -> tuple[str, str | None]:

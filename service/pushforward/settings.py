@@ -50,7 +50,7 @@ class Settings(BaseModel):
 
     device: Annotated[str, Field(pattern=r"^(auto|(cpu|cuda:[0-9]+)(,(cpu|cuda:[0-9]+))*)$")] = "auto"
     """Where workers integrate: cpu, cuda:0, or several with commas between; auto: every GPU, else the CPU."""
-    broker: str | None = None
+    broker: Annotated[str, Field(min_length=1)] | None = None
     """Redis or Valkey queue to serve from or work for: redis://host, rediss://, unix://, sentinel://a,b/name."""
     lease_s: Annotated[float, Field(ge=0.5, le=3600)] = 5.0
     """Seconds after which chunks of a `pushforward worker` that does not answer are given to another."""
