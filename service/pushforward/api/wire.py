@@ -92,13 +92,13 @@ class Call:
     )
 
     def __init__(self, scope: Scope) -> None:
-        self.started = time.perf_counter()
+        self.ticket = Ticket()
+        self.started = time.perf_counter()  # the same moment
         self.id = request_id(scope)
         self.path: dict[str, str] = scope["path_params"]
         self.peer: str | None = (scope.get("client") or [None])[0]
         self.key: keys.Key | None = None
         self.logged: dict[str, Any] = {}
-        self.ticket = Ticket()
         self.queue_s = self.solve_s = self.total_s = 0.0
 
     def end(self) -> None:
