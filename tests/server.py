@@ -5,12 +5,13 @@ import os
 import queue
 import secrets
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,9 +48,12 @@ class Server:
 
     def children(self, program: str) -> list[int]:
         """The process ids of what runs a program for it."""
-        found = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
-        words = {child: Path(f"/proc/{child}/cmdline").read_bytes() for child in found}
-        return [int(child) for child, each in words.items() if program.encode() in each]
+        found: list[int] = []
+        for child in Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split():
+            with suppress(FileNotFoundError, ProcessLookupError):  # it has just ended
+                if program.encode() in Path(f"/proc/{child}/cmdline").read_bytes():
+                    found.append(int(child))
+        return found
 
     def worker(self) -> int:
         """That of the only one, as soon as it is there."""
@@ -63,10 +67,10 @@ class Server:
 
     def keep_up(self) -> None:
         """Wait until whatever was logged so far has been read."""
-        mark = secrets.token_hex(8)
+        mark, first = secrets.token_hex(8), len(self.log)
         with self.client() as client:
             client.get("/health/live", headers={"x-request-id": mark})
-        assert until(lambda: any(line.get("request") == mark for line in self.log[-50:]))
+        assert until(lambda: any(line.get("request") == mark for line in self.log[first:]))
 
     def client(self, **options: Any) -> httpx.Client:
         return httpx.Client(base_url=self.url, timeout=PATIENCE_S, **options)
@@ -89,6 +93,15 @@ class Server:
                 self.log.append(line)
                 self.lines.put(line)
         self.lines.put(None)
+
+
+def free_port() -> int:
+    """A port that the system gives to nobody who asks for any: it is still free when a server comes back."""
+    while True:
+        port = 10_000 + secrets.randbelow(20_000)
+        with socket.socket() as listener, suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 Start = Callable[..., Server]

@@ -7,17 +7,18 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import pytest
+from tests.server import until
 
 import pushforward
 from pushforward.loading import default_chunk, load_model, run_chunk
 from pushforward.scoring.calibration import Calibration, benjamini_hochberg
 from pushforward.tables import read_table, writing
 
+LIMIT_S = 300  # for what takes seconds
 X = np.random.default_rng(0).normal(size=(300, 2))
 
 
@@ -27,7 +28,7 @@ def run(*arguments: object, status: int = 0, **environment: str) -> subprocess.C
         capture_output=True,
         text=True,
         env={**os.environ, "COLUMNS": "200", **environment},
-        timeout=120,
+        timeout=LIMIT_S,
         check=False,
     )
     assert done.returncode == status, done.stderr
@@ -231,7 +232,7 @@ def test_models_are_listed_shown_verified_and_labelled(store: Path, tmp_path: Pa
 def test_more_connections_than_files_are_refused(checkout: Path) -> None:
     command = f"ulimit -n 600; {sys.executable} -m pushforward.cli serve --port 0 --max-connections 100"
     done = subprocess.run(
-        ["bash", "-c", command], cwd=checkout, capture_output=True, text=True, timeout=60, check=False
+        ["bash", "-c", command], cwd=checkout, capture_output=True, text=True, timeout=LIMIT_S, check=False
     )
     assert done.returncode == 2
     assert "--max-connections 100 needs 612 open files, and this process may have 600" in done.stderr
@@ -304,11 +305,12 @@ def test_an_interrupted_command_leaves_no_file_and_no_process(
         text=True,
     )
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children")
-    while not children.read_text() or not any(path.stat().st_size for path in tmp_path.iterdir()):
-        time.sleep(0.02)
+    assert until(
+        lambda: children.read_text() != "" and any(path.stat().st_size for path in tmp_path.iterdir())
+    )
     worker = int(children.read_text().split()[0])
     process.send_signal(number)
-    _, printed = process.communicate(timeout=60)
+    _, printed = process.communicate(timeout=LIMIT_S)
     assert process.returncode == 128 + number
     assert "Traceback" not in printed
     assert not list(tmp_path.iterdir())
@@ -319,7 +321,9 @@ def test_an_interrupted_command_leaves_no_file_and_no_process(
 def test_a_disk_that_is_full_is_named_and_leaves_no_file(store: Path, tmp_path: Path) -> None:
     arguments = f"sample -m pair -n 20000 --seed 1 --store {store} -o {tmp_path}/x.npy"
     command = f"ulimit -f 16; {sys.executable} -m pushforward.cli {arguments}"  # 16 KiB are the disk
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
     assert done.returncode == 2
     assert f"{tmp_path}/x.npy cannot be written: File too large" in done.stderr
     assert not list(tmp_path.iterdir())
@@ -356,7 +360,7 @@ def test_what_is_not_installed_is_named(
         cwd=tmp_path,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=LIMIT_S,
         check=False,
     )
     assert done.returncode == 2
@@ -384,7 +388,9 @@ def test_a_reader_that_has_had_enough_is_no_failure_to_speak_of(store: Path) -> 
     command = (
         f"{sys.executable} -m pushforward.cli sample -m pair -n 50000 --seed 1 --store {store} | head -n 2"
     )
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run(
+        ["bash", "-c", command], capture_output=True, text=True, timeout=LIMIT_S, check=False
+    )
     assert len(done.stdout.splitlines()) == 2
     assert "Traceback" not in done.stderr
     assert "error" not in done.stderr

@@ -32,6 +32,12 @@ def with_plane(
     return asyncio.run(run())
 
 
+def slow(timeout_ms: int) -> Options:
+    """With a deadline that no machine keeps for many rows."""
+    tight = {"rtol": 1e-13, "atol": 1e-13, "logp_atol": 1e-13, "precision": "float64", "max_steps": 100_000}
+    return Options(**tight, timeout_ms=timeout_ms)
+
+
 def same(one: Result, other: Result) -> bool:
     names = ("value", "log_density", "error_estimate", "steps", "accepted", "nfe", "status", "t")
     return all(getattr(one, name).tobytes() == getattr(other, name).tobytes() for name in names)
@@ -97,12 +103,11 @@ def test_a_calibration_that_was_edited_gives_no_p_values(store: Path, tmp_path: 
 
 def test_a_deadline_ends_a_request_and_its_rows_leave(store: Path) -> None:
     x = np.random.default_rng(0).normal(size=(20_000, 2))
-    slow = Options(rtol=1e-12, atol=1e-12, logp_atol=1e-12, precision="float64", timeout_ms=200)
 
     async def test(plane: Dataplane) -> None:
         model = plane.model("pair")
         with pytest.raises(DeadlineExceeded) as caught:
-            await plane.density(model, x, None, slow)
+            await plane.density(model, x, None, slow(200))
         assert caught.value.detail["rows"] == 20_000
         assert 0 <= caught.value.detail["solved"] < 20_000
         result = await plane.density(model, x[:3], None, DEFAULT)
@@ -202,13 +207,15 @@ def test_a_deadline_counts_from_the_arrival_and_the_place_is_given_back(checkout
         await plane.sample(model, 5, 1, None, Options(timeout_ms=60_000), in_time)
         assert (in_time.rows, len(in_time.results)) == (5, 1)
         assert in_time.admitted_s >= 2.0
-        slow = Options(rtol=1e-12, atol=1e-12, logp_atol=1e-12, precision="float64", timeout_ms=300)
-        x = np.random.default_rng(0).normal(size=(600, 2))
-        with pytest.raises(DeadlineExceeded) as caught:
-            await plane.density(model, x, None, slow)
-        assert 0 < caught.value.detail["travelled_mean"] < 1
+        x, solved, timeout_ms, travelled = np.random.default_rng(0).normal(size=(20_000, 2)), 0, 250, 0.0
+        while not travelled:  # on a busy machine, nothing may have been done by the first deadlines
+            with pytest.raises(DeadlineExceeded) as caught:
+                await plane.density(model, x, None, slow(timeout_ms))
+            solved += caught.value.detail["solved"]
+            travelled, timeout_ms = caught.value.detail["travelled_mean"], 2 * timeout_ms
+        assert 0 < travelled < 1
         assert (plane.admission.rows, plane.admission.nbytes) == (0, 0)
-        assert plane.admission.tally.outcomes["answered",] == 5 + caught.value.detail["solved"]
+        assert plane.admission.tally.outcomes["answered",] == 5 + solved
         with pytest.raises(InvalidInput, match="takes no context"):
             await plane.density(model, x, x[:, :1], DEFAULT)
         assert (plane.admission.rows, plane.admission.nbytes) == (0, 0)

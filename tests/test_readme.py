@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,6 +23,7 @@ from typing import Any
 
 import httpx
 import pytest
+from tests.server import free_port
 
 ELLIPSIS = "…"
 SERVER = re.compile(r"(make|pushforward|\.venv/bin/pushforward) serve\b")
@@ -82,9 +82,7 @@ def as_promised(printed: str, block: Block) -> bool:
 
 @pytest.fixture
 def port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
+    return free_port()
 
 
 @pytest.fixture
@@ -123,10 +121,10 @@ def server(command: str, folder: Path, environment: dict[str, str]) -> Iterator[
     )
     try:
         ready = f"http://127.0.0.1:{environment['PUSHFORWARD_PORT']}/health/ready"
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while True:
             assert process.poll() is None, f"{command!r} ended with status {process.returncode}"
-            assert time.monotonic() < deadline, f"{command!r} was not ready within two minutes"
+            assert time.monotonic() < deadline, f"{command!r} was not ready within five minutes"
             try:
                 if httpx.get(ready).is_success:
                     break

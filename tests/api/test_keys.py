@@ -68,7 +68,7 @@ def tokens(place: str) -> dict[str, str]:
 @pytest.fixture(scope="module")
 def locked(start: Start, moons: Path, place: str, tokens: dict[str, str]) -> Server:
     """A server that asks for keys."""
-    return start(at=moons, keys=place, workers=1)
+    return start(at=moons, keys=place)
 
 
 @pytest.fixture
@@ -216,7 +216,8 @@ def test_orders_leave_a_line_that_says_who_gave_them(
 
 
 def test_a_quota_is_a_429_that_says_which_how_much_and_when(door: httpx.Client, place: str) -> None:
-    slow, fast = key(place, rows_per_second=0.5, burst_rows=3), key(place, rows_in_flight=2)
+    # So slow that not even two rows come in while the test runs.
+    slow, fast = key(place, rows_per_second=0.01, burst_rows=3), key(place, rows_in_flight=2)
 
     def ask(token: str, rows: int) -> httpx.Response:
         return door.post(f"{MOONS}/log_density", json={"x": ROW["x"] * rows}, headers=bearer(token))
@@ -226,9 +227,9 @@ def test_a_quota_is_a_429_that_says_which_how_much_and_when(door: httpx.Client, 
     answer = ask(slow[1], 2)
     told = answer.json()
     assert (answer.status_code, told["code"], told["reason"]) == (429, "quota-exceeded", "rows_per_second")
-    assert (told["asked"], told["limit"]) == (2, 0.5)
+    assert (told["asked"], told["limit"]) == (2, 0.01)
     assert 0 <= told["allowed"] < 2
-    assert 1 <= int(answer.headers["retry-after"]) <= 4
+    assert 1 <= int(answer.headers["retry-after"]) <= 200
     assert ask(slow[1], 4).json()["code"] == "limit-exceeded"  # which waiting would not mend
     assert ask(fast[1], 3).status_code == 422
     for _ in range(5):
@@ -252,10 +253,11 @@ def test_a_key_is_taken_and_refused_everywhere_within_a_second(
             return done.stdout.strip()
 
         first = command("create", "--name", "first")
-        servers = [start(at=moons, keys=place, load="first-use", ready=False, workers=1) for _ in range(2)]
+        servers = [start(at=moons, keys=place, load="first-use", ready=False) for _ in range(2)]
 
         def statuses(token: str) -> list[int]:
-            return [httpx.get(f"{one.url}/v1/models", headers=bearer(token)).status_code for one in servers]
+            asked = [f"{one.url}/v1/models" for one in servers]
+            return [httpx.get(url, headers=bearer(token), timeout=PATIENCE_S).status_code for url in asked]
 
         assert statuses(first) == [200, 200]
         # A second on a machine that is not busy: servers look every 0.4 s.
@@ -280,7 +282,7 @@ def test_a_key_is_taken_and_refused_everywhere_within_a_second(
 def test_the_control_plane_moves_to_a_port_of_its_own(
     start: Start, moons: Path, place: str, tokens: dict[str, str]
 ) -> None:
-    server = start("--admin-port", "0", at=moons, keys=place, workers=1)
+    server = start("--admin-port", "0", at=moons, keys=place)
     admin = next(line["admin"] for line in server.log if line["event"] == "listening")
     order, solve = f"{MOONS}/versions/1/load", f"{MOONS}/log_density"
     with httpx.Client(timeout=PATIENCE_S) as client:

@@ -5,42 +5,31 @@ import os
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import httpx
 import numpy as np
+from tests.api.conftest import ENDLESS, SAMPLE, SLOW, rows_running
 from tests.server import until
 
 from pushforward.store.catalog import Catalog
 
-SLOW = {"n": 1000, "seed": 1, "rtol": 1e-11, "atol": 1e-11, "precision": "float64"}
 
-
-def in_background(
-    server: Any, path: str, body: dict[str, Any]
-) -> tuple[threading.Thread, list[httpx.Response]]:
+def in_background(server: Any, body: dict[str, Any]) -> tuple[threading.Thread, list[httpx.Response]]:
     """Sends a request and comes back when the worker is busy with it."""
     answers: list[httpx.Response] = []
 
     def ask() -> None:
         # A server that is killed answers nothing; the test that kills it knows.
         with server.client() as client, contextlib.suppress(httpx.TransportError):
-            answers.append(client.post(f"/v1/models/{path}", json=body))
+            answers.append(client.post(SAMPLE, json=body, timeout=None))
 
-    before = cpu_ticks(server.worker())
     thread = threading.Thread(target=ask)
     thread.start()
-    while cpu_ticks(server.worker()) < before + 3:
-        time.sleep(0.005)
+    assert until(lambda: rows_running(server) > 0)
     return thread, answers
-
-
-def cpu_ticks(pid: int) -> int:
-    user, system = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13]
-    return int(user) + int(system)
 
 
 def test_readiness_waits_for_the_models_and_liveness_does_not(start: Any) -> None:
@@ -71,7 +60,7 @@ def test_a_request_taken_before_the_signal_is_answered_and_the_exit_is_clean(
 ) -> None:
     server = start()
     worker = server.worker()
-    thread, answers = in_background(server, "pair/sample", SLOW)
+    thread, answers = in_background(server, SLOW)
     assert server.stop(signal.SIGTERM) == 0
     thread.join()
     assert answers[0].status_code == 200
@@ -82,7 +71,7 @@ def test_a_request_taken_before_the_signal_is_answered_and_the_exit_is_clean(
 def test_interrupting_the_whole_process_group_is_as_clean(start: Any, gone: Callable[[int], bool]) -> None:
     server = start()
     worker = server.worker()
-    thread, answers = in_background(server, "pair/sample", SLOW)
+    thread, answers = in_background(server, SLOW)
     os.kill(worker, signal.SIGINT)  # as Ctrl-C on a terminal sends it to both
     os.kill(worker, signal.SIGTERM)
     assert server.stop(signal.SIGINT) == 0
@@ -94,8 +83,8 @@ def test_interrupting_the_whole_process_group_is_as_clean(start: Any, gone: Call
 def test_a_worker_that_is_killed_is_replaced_and_costs_only_time(start: Any, server: Any) -> None:
     broken = start()
     with server.client() as client:
-        expected = client.post("/v1/models/pair/sample", json=SLOW).content
-    thread, answers = in_background(broken, "pair/sample", SLOW)
+        expected = client.post(SAMPLE, json=SLOW, timeout=None).content
+    thread, answers = in_background(broken, SLOW)
     old = broken.worker()
     os.kill(old, signal.SIGKILL)
     thread.join()
@@ -109,7 +98,7 @@ def test_a_worker_that_is_killed_is_replaced_and_costs_only_time(start: Any, ser
 
 def test_a_request_that_takes_three_workers_down_is_given_up_and_the_server_goes_on(start: Any) -> None:
     server = start()
-    thread, answers = in_background(server, "pair/sample", SLOW)
+    thread, answers = in_background(server, ENDLESS)
     for _ in range(3):
         os.kill(server.worker(), signal.SIGKILL)
         server.wait_for("worker ready")
@@ -126,7 +115,7 @@ def test_a_request_that_takes_three_workers_down_is_given_up_and_the_server_goes
 def test_a_worker_does_not_outlive_a_server_that_is_killed(start: Any, gone: Callable[[int], bool]) -> None:
     server = start()
     worker = server.worker()
-    thread, answers = in_background(server, "pair/sample", SLOW)
+    thread, answers = in_background(server, ENDLESS)
     server.stop(signal.SIGKILL)
     assert gone(worker)
     thread.join()

@@ -1,11 +1,11 @@
 """Traces as a collector gets them, of servers with workers as users start them."""
 
+import json
 import os
 import shutil
 import signal
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,13 @@ from typing import Any
 import httpx
 import pytest
 from prometheus_client.openmetrics.parser import text_string_to_metric_families
+from tests.api.conftest import ENDLESS, SLOW, rows_running
 from tests.collector import Collector, Span, collector
 from tests.poison import poison
 from tests.server import Server, Start, until
 
 SERVER, PRODUCER, CONSUMER = 2, 4, 5
 TRACE = "0af7651916cd43dd8448eb211c80319c"
-SLOW = {"n": 1000, "seed": 1, "rtol": 1e-11, "atol": 1e-11, "precision": "float64"}
 VARIABLES = {"OTEL_SERVICE_NAME": "flows", "OTEL_BSP_SCHEDULE_DELAY": "50"}
 
 
@@ -46,8 +46,17 @@ def collected() -> Iterator[Collector]:
 
 
 @pytest.fixture(scope="module")
-def server(start: Start, moons: Path, collected: Collector) -> Iterator[Server]:
-    server = starting(start, moons, collected.url, "--chunk-rows", "100")
+def both(tmp_path_factory: pytest.TempPathFactory, moons: Path, store: Path) -> Path:
+    """A store with moons/1, and the model that takes long."""
+    both = tmp_path_factory.mktemp("both")
+    shutil.copytree(moons, both, dirs_exist_ok=True)
+    shutil.copytree(store / "positive", both / "positive")
+    return both
+
+
+@pytest.fixture(scope="module")
+def server(start: Start, both: Path, collected: Collector) -> Iterator[Server]:
+    server = starting(start, both, collected.url, "--chunk-rows", "100")
     yield server
     server.stop()
 
@@ -55,17 +64,13 @@ def server(start: Start, moons: Path, collected: Collector) -> Iterator[Server]:
 def ask(server: Server, path: str, body: Any, trace: str = TRACE, **headers: str) -> httpx.Response:
     headers = {"traceparent": f"00-{trace}-00f067aa0ba902b7-01"} | headers
     with server.client() as client:
-        return client.post(f"/v1/models/{path}", json=body, headers=headers)
+        return client.post(f"/v1/models/{path}", json=body, headers=headers, timeout=None)
 
 
 def finished(spans: list[Span]) -> bool:
     """Whether the request's own span is there, which its process ends last, and a solve for every chunk."""
     names = [span.name for span in spans]
     return any(name.startswith("POST") for name in names) and names.count("chunk") == names.count("solve")
-
-
-def cancelled_rows(server: Server) -> float:
-    return server.metrics().get(("pushforward_rows_total", "cancelled"), 0)
 
 
 def named(spans: list[Span], name: str) -> Span:
@@ -192,7 +197,7 @@ def test_headers_that_make_no_sense_begin_a_trace_of_their_own(
 
 def test_a_deadline_is_an_error_of_all_three(server: Server, collected: Collector) -> None:
     trace = f"{5:032x}"
-    answer = ask(server, "moons/sample", SLOW | {"n": 100, "max_steps": 1_000_000, "timeout_ms": 30}, trace)
+    answer = ask(server, "positive/sample", ENDLESS | {"n": 100, "timeout_ms": 1000}, trace)
     assert answer.status_code == 504
     spans = collected.trace(trace, lambda spans: finished(spans) and len(spans) == 3)
     assert all(span.failed for span in spans)
@@ -202,22 +207,19 @@ def test_a_deadline_is_an_error_of_all_three(server: Server, collected: Collecto
 
 def test_a_client_that_hangs_up_cancels_its_spans(server: Server, collected: Collector) -> None:
     trace = f"{6:032x}"
-    body = b'{"n": 100, "seed": 1, "rtol": 1e-12, "atol": 1e-12, "precision": "float64"}'
+    body = json.dumps(ENDLESS | {"n": 100}).encode()
     head = (
-        f"POST /v1/models/moons/sample HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
+        f"POST /v1/models/positive/sample HTTP/1.1\r\nHost: a\r\nContent-Type: application/json\r\n"
         f"traceparent: 00-{trace}-00f067aa0ba902b7-01\r\nContent-Length: {len(body)}\r\n\r\n"
     )
-    before = cancelled_rows(server)
-    for _ in range(20):  # until one was quicker than its answer
-        with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as sock:
-            sock.sendall(head.encode() + body)
-            time.sleep(0.02)
-        assert until(lambda: server.metrics()["pushforward_requests_in_flight",] == 0)
-        if cancelled_rows(server) > before:
-            break
-    spans = collected.trace(trace, lambda spans: any(span.failed and span.name == "solve" for span in spans))
-    collected.trace(trace, lambda spans: any(span.failed and span.name.startswith("POST") for span in spans))
-    assert {span.reason for span in spans if span.failed and span.name != "POST"} >= {"cancelled"}
+    assert until(lambda: rows_running(server) == 0)  # of an earlier test
+    with socket.create_connection(("127.0.0.1", int(server.url.rpartition(":")[2]))) as sock:
+        sock.sendall(head.encode() + body)
+        assert until(lambda: rows_running(server) > 0)
+    assert until(lambda: server.metrics()["pushforward_requests_in_flight",] == 0)
+    spans = collected.trace(trace, lambda spans: finished(spans) and len(spans) == 3)
+    assert all(span.failed for span in spans)
+    assert {named(spans, name).reason for name in ("chunk", "solve")} == {"cancelled"}
 
 
 def test_an_unsampled_client_is_followed(server: Server, collected: Collector) -> None:
@@ -233,9 +235,10 @@ def test_a_chunk_of_a_killed_worker_shows_that_it_was_tried_again(
     server: Server, collected: Collector
 ) -> None:
     trace, victim = f"{9:032x}", server.worker()
-    asking = threading.Thread(target=ask, args=(server, "moons/sample", SLOW | {"n": 100}, trace))
+    assert until(lambda: rows_running(server) == 0)  # of an earlier test
+    asking = threading.Thread(target=ask, args=(server, "positive/sample", SLOW, trace))
     asking.start()
-    assert until(lambda: server.metrics().get(("pushforward_rows_running", "0"), 0) > 0)
+    assert until(lambda: rows_running(server) > 0)
     os.kill(victim, signal.SIGKILL)
     asking.join()
     spans = collected.trace(trace, lambda spans: finished(spans) and len(spans) == 3)

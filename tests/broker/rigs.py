@@ -13,7 +13,7 @@ from pushforward.broker.redis.front import RedisBroker
 from pushforward.messages import Setup
 from pushforward.metrics import EngineCollector
 
-LEASE_S = 1.0
+LEASE_S = 60.0  # so long that none runs out because the machine is busy
 
 
 @dataclass
@@ -51,7 +51,9 @@ def run(test: Test, setup: Setup, url: str | None, workers: int = 1, **options: 
 
 
 @asynccontextmanager
-async def rig(setup: Setup, url: str | None, workers: int = 1, **options: Any) -> AsyncIterator[Rig]:
+async def rig(
+    setup: Setup, url: str | None, workers: int = 1, lease_s: float = LEASE_S, **options: Any
+) -> AsyncIterator[Rig]:
     collector = EngineCollector()
     local = LocalBroker([setup] * workers, collector=collector, **options)
     await local.start()
@@ -59,7 +61,7 @@ async def rig(setup: Setup, url: str | None, workers: int = 1, **options: Any) -
         made = Rig(local, local, collector)
     else:
         broker = RedisBroker(url, Held())
-        puller = Puller(url, local, 2 * setup.slots * workers, LEASE_S, collector)
+        puller = Puller(url, local, 2 * setup.slots * workers, lease_s, collector)
         await broker.start()
         await puller.start()
         made = Rig(broker, local, collector, puller)
@@ -84,3 +86,8 @@ async def until(condition: Callable[[], bool]) -> None:
 
 async def ready(broker: Broker) -> None:
     await until(lambda: broker.unavailable() is None)
+
+
+async def busy(collector: EngineCollector, workers: int = 1) -> None:
+    """Wait until so many workers have said that rows are in their slots."""
+    await until(lambda: sum(bool(beat.running) for beat in collector._now.values()) == workers)

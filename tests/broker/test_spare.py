@@ -47,6 +47,7 @@ async def asking(server: Queue) -> AsyncIterator[Asking]:
 def test_what_is_in_hand_is_admitted_without_asking(tmp_path: Path) -> None:
     async def test(server: Queue) -> None:
         async with asking(server) as one:
+            await until(lambda: one.broker._granted.covers(SPARE, 0))  # nothing is being asked just now
             server.signal(signal.SIGSTOP)
             await one.admit(SPARE)
             with pytest.raises((Unavailable, TimeoutError)):

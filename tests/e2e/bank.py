@@ -63,18 +63,28 @@ class Bank:
 
     def __init__(self, store: Path) -> None:
         self.templates = list(_templates(store))
+        self._answers: dict[tuple[str, str], dict[Template, dict[str, str]]] = {}
         self.heavy = [each for each in self.templates if each.operation == "sample" and each.body["n"] >= 300]
         for manifest in store.glob("*/*/manifest.json"):
             self.learn(manifest.parent)
 
     def learn(self, folder: Path) -> None:
-        """Solve the requests for a model by a version of it, whether it is in the store or not yet."""
+        """Have the answers of a version of a model, whether it is in the store or not yet."""
+        manifest = json.loads((folder / "manifest.json").read_text())
+        learnt = manifest["name"], json.dumps(manifest["files"])
+        if learnt not in self._answers:  # versions of the same files differ in their number alone
+            self._answers[learnt] = self._solve(folder)
+        for template, answer in self._answers[learnt].items():
+            template.answers[manifest["version"]] = answer | {"version": _text(manifest["version"])}
+
+    def _solve(self, folder: Path) -> dict[Template, dict[str, str]]:
         model = load_model(folder)
         calibration = Calibration.load(folder / "calibration.safetensors")
-        for template in self.templates:
-            if template.model == model.manifest.name:
-                answer = _alone(template, model, calibration)
-                template.answers[model.manifest.version] = {key: _text(part) for key, part in answer.items()}
+        return {
+            template: {key: _text(part) for key, part in _alone(template, model, calibration).items()}
+            for template in self.templates
+            if template.model == model.manifest.name
+        }
 
 
 def copy_models(store: Path, names: Iterable[str] = SERVED) -> None:

@@ -8,15 +8,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
-from tests.redis_server import Queue, free_port, queue
-from tests.server import Server, servers, until
+from tests.redis_server import Queue, queue
+from tests.server import Server, free_port, servers, until
 
 from pushforward.broker.redis.front import SPARE
 from pushforward.broker.redis.link import PREFIX
 from pushforward.settings import Settings
 
 APIS, WORKERS = 2, 3
-LEASE_S = 1.5
+LEASE_S = 2.0
 IN_HAND = sum(
     Settings.model_fields[limit].default // SPARE for limit in ("max_queue_rows", "max_queue_bytes")
 )

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import httpx
 import pytest
-from tests.e2e.bank import Bank
+from tests.e2e.bank import SERVED, Bank
 from tests.e2e.soak import usage
-from tests.e2e.traffic import Report, Traffic
+from tests.e2e.traffic import BROKEN, LOST_S, Report, Traffic
 from tests.poison import poison
-from tests.server import Server, until
+from tests.server import PATIENCE_S, Server, free_port, until
 
 OUTCOMES = ("answered", "failed", "cancelled", "expired", "refused")
 
@@ -29,9 +29,8 @@ def at_rest(server: Server) -> bool:
 def test_mixed_traffic_gets_the_answers_that_it_gets_alone(start: Callable[..., Server], bank: Bank) -> None:
     with Traffic(start().url, bank, bulk=0.2) as traffic:
         traffic.wait_for_answers(200)
-    report = traffic.report()
-    report.assert_clean()
-    assert {model for model, _ in report.versions} == {"moons", "moons_by_side", "wine", "digits"}
+        traffic.wait_until(lambda report: {model for model, _ in report.versions} == set(SERVED))
+    traffic.report().assert_clean()
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSEGV])
@@ -53,7 +52,7 @@ def test_workers_that_die_cost_only_time(
 def test_a_worker_that_hangs_is_replaced_and_costs_only_time(
     start: Callable[..., Server], bank: Bank, rounds: int
 ) -> None:
-    server = start(stall_s=1)
+    server = start(stall_s=2)
     with Traffic(server.url, bank) as traffic:
         for _ in range(rounds):
             worker = server.worker()
@@ -70,7 +69,7 @@ def test_one_of_two_workers_may_die_at_any_time(
     start: Callable[..., Server], bank: Bank, rounds: int
 ) -> None:
     server, draw = start("--workers", "2"), random.Random(0)
-    assert until(lambda: len(server.workers()) == 2)
+    server.wait_for("worker ready")  # the other one as well
     with Traffic(server.url, bank) as traffic, server.client() as client:
         for _ in range(rounds):
             victim = draw.choice(server.workers())
@@ -90,12 +89,13 @@ def test_rows_that_make_a_step_fail_or_hang_convict_themselves_alone(
     what: str, start: Callable[..., Server], store: Path, bank: Bank, rounds: int
 ) -> None:
     poison(store / "moons" / "1", what)  # which leaves the answers of other rows as they were
-    server, far = start(stall_s=1), {"x": [[1e9, 0.0], [0.5, 0.5]], "timeout_ms": 120_000}
+    server = start(stall_s=2 if what == "hang" else 60)  # a busy machine is not taken for a worker that hangs
+    far = {"x": [[1e9, 0.0], [0.5, 0.5]], "timeout_ms": 240_000}
     harmless = [template for template in bank.templates if not template.poison]
     with Traffic(server.url, bank, only=harmless) as traffic, server.client() as client:
         for _ in range(rounds):
             with traffic.mark(f"rows that {what}"):
-                told = client.post("/v1/models/moons/log_density", json=far)
+                told = client.post("/v1/models/moons/log_density", json=far, timeout=LOST_S)
             assert (told.status_code, told.json()["code"]) == (500, "internal-error")
             assert "lost 3 times" in told.json()["detail"]
             traffic.settle()
@@ -171,14 +171,14 @@ def test_what_was_sent_before_the_signal_to_stop_is_answered(
 ) -> None:
     draw, asked = random.Random(0), 0
     for _ in range(rounds):
-        server = start()
+        server = start("--port", str(free_port()))  # which nobody takes when it has gone
         with Traffic(server.url, bank, seed=draw.randrange(1000)) as traffic:
             traffic.wait_for_answers(draw.randint(1, 60))
             moment = time.monotonic()
             assert server.stop(signal.SIGTERM) == 0
         report = traffic.report()
         report.before(moment).assert_clean()
-        report.assert_clean("ConnectError", "ReadError", "RemoteProtocolError", "503")  # those sent after it
+        report.assert_clean(*BROKEN, "503")  # those sent after it
         asked += len(report.before(moment).requests)
         with pytest.raises(httpx.ConnectError):
             httpx.get(f"{server.url}/health/live")
@@ -188,8 +188,10 @@ def test_what_was_sent_before_the_signal_to_stop_is_answered(
 def test_who_comes_after_the_signal_is_turned_away_while_the_others_are_served(
     start: Callable[..., Server], bank: Bank
 ) -> None:
-    server = start()
+    server = start("--port", str(free_port()), stall_s=600)
     with Traffic(server.url, bank, only=bank.heavy, rate=1000, most=8) as traffic:
+        worker = server.worker()
+        os.kill(worker, signal.SIGSTOP)  # so that the others are not served before it is tried
         moment = time.monotonic()
         server.process.send_signal(signal.SIGTERM)
 
@@ -200,8 +202,11 @@ def test_who_comes_after_the_signal_is_turned_away_while_the_others_are_served(
                 return server.process.poll() is None
             return False
 
-        assert until(turned_away)
-        assert server.process.wait() == 0
+        try:
+            assert until(turned_away)
+        finally:
+            os.kill(worker, signal.SIGCONT)
+        assert server.process.wait(PATIENCE_S) == 0
     traffic.report().before(moment).assert_clean()
 
 
@@ -218,10 +223,9 @@ def test_overload_is_refused_at_once_and_what_is_taken_is_answered_right(
     traffic.report().assert_clean()
     capacity = rate_of(traffic.report())
     with Traffic(server.url, bank, only=bank.heavy, rate=5 * capacity, most=10_000) as traffic:
-        traffic.wait_until(lambda report: report.outcomes["right"] > 20)
+        traffic.wait_until(lambda report: report.outcomes["right"] > 20 and report.outcomes["503"] > 0)
     report = traffic.report()
     report.assert_clean("503")
-    assert report.outcomes["503"]
     print(report)
     print(f"capacity {capacity:.1f} requests/s; at five times that, {rate_of(report):.1f}/s were answered")
     p50, p99 = (report.latency_ms(share, "503") for share in (0.5, 0.99))

@@ -1,6 +1,8 @@
 """Versions come, go and change places under traffic: every answer is right for the version that it names."""
 
+import os
 import shutil
+import signal
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -137,19 +139,19 @@ def test_a_version_that_is_broken_is_never_served_and_the_old_one_stays(
 
 
 def test_rows_of_a_version_that_is_unloaded_are_finished_first(start: Callable[..., Server]) -> None:
-    server, slow = start(), {"n": 1000, "seed": 1, "rtol": 1e-10, "atol": 1e-10, "precision": "float64"}
+    server = start(stall_s=600)
     with server.client() as client, ThreadPoolExecutor(1) as thread:
 
         def status() -> int:
             return client.post("/v1/models/moons/sample", json={}).status_code
 
-        answer = thread.submit(client.post, "/v1/models/moons/sample", json=slow)
-        assert until(
-            lambda: any(v for key, v in server.metrics().items() if key[0] == "pushforward_rows_running")
-        )
+        os.kill(server.worker(), signal.SIGSTOP)  # until it has been sent the rows, and then the order
+        answer = thread.submit(client.post, "/v1/models/moons/sample", json={"n": 250})
+        assert until(lambda: server.metrics()["pushforward_queue_rows",] == 250)
         assert client.post("/v1/models/moons/versions/1/unload").status_code == 202
         assert until(lambda: status() == 503)
-        assert answer.result().json()["status"] == ["ok"] * 1000
+        os.kill(server.worker(), signal.SIGCONT)
+        assert answer.result().json()["status"] == ["ok"] * 250
         assert client.post("/v1/models/moons/versions/1/load").status_code == 202
         assert until(lambda: status() == 200)
 

@@ -24,7 +24,8 @@ from typing import Any, Self
 import httpx
 from tests.e2e.bank import Bank, Template
 
-LOST_S = 90.0  # without an answer for so long, a request is lost
+LOST_S = 240.0  # without an answer for so long, a request is lost
+BROKEN = ("ConnectError", "ReadError", "RemoteProtocolError", "WriteError")  # by the end of a server
 AFTER_S = 5.0  # how long after an event answers are still looked at for the time to recover
 
 
@@ -83,6 +84,11 @@ class Report:
     def to(self, url: str) -> Report:
         """Of the requests alone that one server was sent."""
         return Report([r for r in self.requests if r.url == url])
+
+    @property
+    def all_sent(self) -> bool:
+        """Whether no request is still on its way to a server."""
+        return all(r.sent is not None or r.ended is not None for r in self.requests)
 
     def ended(self, outcome: str) -> Sequence[Sent]:
         """The requests that ended so."""
