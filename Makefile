@@ -8,7 +8,7 @@ PIP = $(VENV)/bin/python -m pip install --disable-pip-version-check --constraint
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help serve test lint format models bench deploy-lint deploy-check install install-dev install-deploy install-bench clean
+.PHONY: help serve test coverage lint format models bench deploy-lint deploy-check install install-dev install-deploy install-bench clean
 
 help:  ## List the targets
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1|\2/p' $(MAKEFILE_LIST) | while IFS='|' read -r target text; do \
@@ -17,8 +17,12 @@ help:  ## List the targets
 serve: install  ## Serve the bundled models on 127.0.0.1:8000 (ARGS="--port 8001" for another port)
 	$(VENV)/bin/pushforward serve $(ARGS)
 
-test: install-dev  ## Run every test and doctest in two processes, with coverage (ARGS="-k name" for some of them)
-	$(VENV)/bin/python -m pytest --cov --numprocesses 2 --dist loadfile $(ARGS)
+# Three processes, also on two cores: they wait for servers half of the time.
+test: install-dev  ## Run every test and doctest in three processes (ARGS="-k name" for some of them)
+	$(VENV)/bin/python -m pytest --numprocesses 3 --dist loadfile $(ARGS)
+
+coverage: install-dev  ## Run the tests, in twice the time, and say which lines none of them reached
+	$(VENV)/bin/python -m pytest --cov --numprocesses 3 --dist loadfile $(ARGS)
 
 lint: install-dev  ## Check style, types and the direction of imports
 	$(VENV)/bin/ruff check
