@@ -170,6 +170,47 @@ def test_chunks_that_were_taken_in_are_answered_when_it_is_back(
     run(test)
 
 
+def test_chunks_that_are_cancelled_while_it_is_away_leave_when_it_is_back(server: Queue, work: Any) -> None:
+    async def test() -> None:
+        async with asking(server) as broker:
+            task = asyncio.create_task(broker.submit(work("left")))
+            await until(lambda: keys(server) == {"job:left", "in:left"})
+            server.signal(signal.SIGSTOP)
+            try:
+                await until(lambda: "does not answer" in str(broker.unavailable()))
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            finally:
+                server.signal(signal.SIGCONT)
+            await until(lambda: keys(server) == set())
+
+    run(test)
+
+
+def test_orders_are_told_when_it_is_back_and_again_when_it_has_lost_them(server: Queue) -> None:
+    def orders() -> dict[str, str]:
+        with server.client() as client:
+            found = client.hgetall(f"{PREFIX}orders")
+        return {version.decode(): order.decode().partition(":")[0] for version, order in found.items()}
+
+    async def test() -> None:
+        async with asking(server) as broker:
+            broker.load("moons", 1)
+            await until(lambda: orders() == {"moons/1": "load"})
+            server.kill()
+            await until(lambda: "cannot be reached" in str(broker.unavailable()))
+            broker.unload("moons", 1)
+            broker.load("moons", 2)
+            server.start()
+            await until(lambda: orders() == {"moons/1": "unload", "moons/2": "load"})
+            with server.client() as client:
+                client.flushall()
+            await until(lambda: orders() == {"moons/1": "unload", "moons/2": "load"})
+
+    run(test)
+
+
 def test_a_replica_is_not_taken_for_the_queue(server: Queue, tmp_path: Path) -> None:
     async def test() -> None:
         with queue(tmp_path, "valkey", "--replicaof", "127.0.0.1", str(server.port)) as replica:

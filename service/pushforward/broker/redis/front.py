@@ -1,19 +1,21 @@
 """The end of the queue that asks: chunks out, answers in, and what all who ask may hold together.
 
-A chunk that was taken in outlives the server: it is kept here until it is answered, and queued again when the
-server has come back without it.  Chunks are pure functions, so an answer that was lost is made again.
+What was taken in outlives the server.  A chunk is kept here until it is answered, and queued again when the
+server has come back without it: chunks are pure functions, so an answer that was lost is made again.  Orders
+and cancelled chunks are told until the server has heard of them.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import secrets
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -38,7 +40,7 @@ _LOOK_S = 0.5  # between two looks at the workers
 _AUDIT_S = 1.0  # between two signs of life, and looks for chunks that are no longer there
 _GRACE_S = 0.5  # after a deadline, for the worker's own account of it to arrive
 _KEEP_S = 60.0  # beyond its deadline, a chunk that was forgotten
-_TOGETHER = 1000  # ids that one call audits
+_TOGETHER = 1000  # ids that one call names
 SPARE = 256  # a process has so small a part of the limits in hand, not to ask for every request
 
 
@@ -88,6 +90,8 @@ class RedisBroker:
         self._looked = 0.0
         self._models: dict[tuple[str, int], ModelState] = {}
         self._orders: dict[tuple[str, int], Load | Unload] = {}
+        self._untold: set[tuple[str, int]] = set()  # those that the server has not heard of, or has lost
+        self._left: set[str] = set()  # chunks that nobody waits for, which it has not heard of either
         self._tasks: list[asyncio.Task[None]] = []
         self._calls: set[asyncio.Task[None]] = set()
         self._draining = False
@@ -133,7 +137,8 @@ class RedisBroker:
         finally:
             del self._waiting[work.id]
             if not chunk.answered:
-                self._background("cancel", work.id)
+                self._left.add(work.id)
+                self._background(self._forget)
 
     def unavailable(self) -> str | None:
         """Why work sent now would have to wait; None when it would not."""
@@ -205,6 +210,17 @@ class RedisBroker:
             if self._link.unavailable is None:  # it answers, and refuses
                 chunk.fail(error)
 
+    async def _forget(self) -> None:
+        """Take the chunks off the queue that nobody waits for."""
+        while self._left:
+            left = set(itertools.islice(self._left, _TOGETHER))
+            self._left -= left
+            try:
+                await self._link.call("cancel", *left)
+            except Unavailable:
+                self._left |= left
+                raise
+
     async def _keep_reading(self) -> None:
         """Read answers, and forget each once it has been read."""
         stream, read = f"{PREFIX}reply:{self.id}", [b"0-1"]
@@ -262,6 +278,7 @@ class RedisBroker:
             ids = [id for id, chunk in self._waiting.items() if chunk.sent < settled]
             try:
                 await self._tell()  # chunks of a process that says nothing are not solved
+                await self._forget()
                 for first in range(0, len(ids), _TOGETHER):
                     await self._audit(ids[first : first + _TOGETHER])
             except Unavailable:  # when it is found again, all is looked at
@@ -329,31 +346,44 @@ class RedisBroker:
             self._workers = [decode_announcement(each) for each in said]
             self._looked = time.monotonic()
             self._read = frozenset(version for worker in self._workers for version in worker.reads)
+            told: dict[tuple[str, int], Load | Unload] = {}
             for version, order in zip(orders[::2], orders[1::2], strict=True):
                 name, _, number = version.decode().rpartition("/")
                 made = Load if order.startswith(b"load:") else Unload
-                self._orders[name, int(number)] = made(name, int(number))
+                told[name, int(number)] = made(name, int(number))
+            self._untold |= self._orders.keys() - told.keys()
+            self._orders |= {key: order for key, order in told.items() if key not in self._untold}
             self._merge_models()
+            with contextlib.suppress(Unavailable):
+                await self._tell_orders()
             await asyncio.sleep(_LOOK_S)
 
     def _order(self, order: Load | Unload) -> None:
         self._orders[order.model, order.version] = order
+        self._untold.add((order.model, order.version))
         self._merge_models()
-        word = "load" if isinstance(order, Load) else "unload"
-        self._background("order", f"{order.model}/{order.version}", word)
+        self._background(self._tell_orders)
+
+    async def _tell_orders(self) -> None:
+        for key in list(self._untold):
+            order = self._orders[key]
+            word = "load" if isinstance(order, Load) else "unload"
+            await self._link.call("order", f"{order.model}/{order.version}", word)
+            if self._orders[key] is order:
+                self._untold.discard(key)
 
     def _merge_models(self) -> None:
         said = [{(one.model, one.version): one for one in worker.models} for worker in self._workers]
         self._models = merge_models(self._models, said, self._orders.values())
 
-    def _background(self, script: str, *arguments: str) -> None:
-        """Call a script that nobody waits for."""
+    def _background(self, tell: Callable[[], Awaitable[None]]) -> None:
+        """Tell the server something now, or when it is looked at next; nobody waits for it."""
 
         async def call() -> None:
             try:
-                await self._link.call(script, *arguments)
+                await tell()
             except Unavailable as error:
-                log.warning("queue was not told", extra=fields(script=script, reason=error.message))
+                log.warning("queue was not told", extra=fields(what=tell.__name__, reason=error.message))
 
         task = asyncio.create_task(call())
         self._calls.add(task)
