@@ -23,6 +23,24 @@ SLOW: dict[str, Any] = {
 ENDLESS = SLOW | {"n": 2000, "rtol": 1e-13, "atol": 1e-13, "logp_atol": 1e-13, "return_log_density": True}
 
 
+def too_late(ask: Callable[[int], httpx.Response], done: str) -> tuple[httpx.Response, int]:
+    """Ask with a deadline of a second, of two, of four …: by the first, a busy machine may have done nothing.
+
+    Args:
+        ask: with a deadline, in milliseconds.
+        done: the field that is above zero when something was done.
+
+    Returns:
+        the answer then, and how often it was asked for.
+    """
+    for attempt in range(7):
+        answer = ask(1000 << attempt)
+        assert answer.status_code == 504, answer.text
+        if answer.json()[done] > 0:
+            return answer, attempt + 1
+    raise AssertionError(f"nothing was done in a minute: {answer.text}")
+
+
 def rows_running(server: Server) -> float:
     """Rows that its only worker has in slots, as far as it has said."""
     return server.metrics().get(("pushforward_rows_running", "0"), 0)

@@ -12,7 +12,7 @@ from typing import Any
 
 import httpx
 import pytest
-from tests.api.conftest import ENDLESS, SAMPLE, connections
+from tests.api.conftest import ENDLESS, SAMPLE, connections, too_late
 
 QUICK = {"n": 3, "seed": 1}
 OUTCOMES = ("answered", "failed", "cancelled", "expired", "refused")
@@ -232,17 +232,21 @@ def test_requests_and_rows_add_up_at_every_moment_of_a_storm(start: Any, until: 
 def test_a_deadline_may_stand_in_the_headers_and_says_how_far_the_rows_came(start: Any) -> None:
     server = start()
     with server.client() as client:
-        # The first steps of 256 rows take some hundredths of a second, all of them a minute.
-        late = client.post(SAMPLE, json=ENDLESS | {"n": 256}, headers={"x-timeout-ms": "1500"})
+
+        def ask(timeout_ms: int) -> httpx.Response:
+            # the first steps of 256 rows take some hundredths of a second, all of them a minute
+            return client.post(SAMPLE, json=ENDLESS | {"n": 256}, headers={"x-timeout-ms": str(timeout_ms)})
+
+        late, times = too_late(ask, "travelled_least")
         told = late.json()
-        assert (late.status_code, told["code"]) == (504, "deadline-exceeded")
-        assert "The deadline of 1500 ms passed" in told["detail"]
+        assert told["code"] == "deadline-exceeded"
+        assert f"The deadline of {500 << times} ms passed" in told["detail"]
         assert (told["rows"], told["solved"] < 256) == (256, True)
-        assert 0 < told["travelled_least"] <= told["travelled_mean"] < 1
+        assert told["travelled_least"] <= told["travelled_mean"] < 1
         assert told["nfe"] > 0
         field_first = client.post(SAMPLE, json=QUICK | {"timeout_ms": 60_000}, headers={"x-timeout-ms": "1"})
         assert field_first.status_code == 200
-    assert server.metrics()["pushforward_deadline_misses_total",] == 1
+    assert server.metrics()["pushforward_deadline_misses_total",] == times
     server.stop()
 
 
