@@ -129,6 +129,7 @@ def test_a_store_is_a_path_or_a_url(monkeypatch: pytest.MonkeyPatch) -> None:
         ("port", "http", "valid integer"),
         ("slots", "0", "greater than or equal to 1"),
         ("load", "later", "'start' or 'first-use'"),
+        ("broker", "", "at least 1 character"),
         ("log_level", "loud", "'debug', 'info', 'warning' or 'error'"),
         ("max_body_bytes", "1", "greater than or equal to 1024"),
         ("drain_s", "-1", "greater than or equal to 0"),
