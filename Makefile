@@ -21,7 +21,7 @@ serve: install  ## Serve the bundled models on 127.0.0.1:8000 (ARGS="--port 8001
 test: install-dev  ## Run every test and doctest in three processes (ARGS="-k name" for some of them)
 	$(VENV)/bin/python -m pytest --numprocesses 3 --dist loadfile $(ARGS)
 
-coverage: install-dev  ## Run the tests, in twice the time, and say which lines none of them reached
+coverage: install-dev  ## Run the tests, more slowly, and say which lines none of them reached
 	$(VENV)/bin/python -m pytest --cov --numprocesses 3 --dist loadfile $(ARGS)
 
 lint: install-dev  ## Check style, types and the direction of imports

@@ -62,7 +62,7 @@ class Reader:
                     pool = self._pool = ProcessPoolExecutor(1, context, _begin)
                 async with asyncio.timeout(timeout_s):
                     return await asyncio.get_running_loop().run_in_executor(pool, _read, schema, body)
-            except TimeoutError:
+            except TimeoutError:  # which is an OSError
                 raise
             except (BrokenProcessPool, OSError) as error:  # it was ended, or cannot be started
                 log.warning("long body read in place", extra=fields(reason=str(error)))

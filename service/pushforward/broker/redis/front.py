@@ -365,6 +365,7 @@ class RedisBroker:
         self._background(self._tell_orders)
 
     async def _tell_orders(self) -> None:
+        """Give the orders that the server does not know."""
         for key in list(self._untold):
             order = self._orders[key]
             word = "load" if isinstance(order, Load) else "unload"
